@@ -1,0 +1,224 @@
+"""The functional form: shapes, arguments and reduction are settled here, then a backend runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastsoftloss import backends, ops, reference
+
+_DIVERSITY_INDEX = {name: index for index, name in enumerate(ops.DIVERSITIES)}
+_REDUCTION_INDEX = {name: index for index, name in enumerate(ops.REDUCTIONS)}
+_LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TARGETS = (torch.int64, torch.int32)
+
+
+class LossComponents(NamedTuple):
+    """``loss`` is differentiable; ``cross_entropy`` (label smoothing included) and ``diversity`` (before its weight) are
+    detached and reduced as the loss is, so that loss = cross_entropy + diversity_weight * diversity (+ z-loss)."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    diversity: Tensor
+
+
+def check_options(reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float) -> None:
+    """Raise ValueError for an option that has no meaning."""
+    if reduction not in _REDUCTION_INDEX:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, ops.REDUCTIONS))}, got {reduction!r}")
+    if diversity not in _DIVERSITY_INDEX:
+        raise ValueError(f"diversity must be None or one of {', '.join(map(repr, ops.DIVERSITIES[1:]))}, got {diversity!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}")
+    if not math.isfinite(diversity_weight):
+        raise ValueError(f"diversity_weight must be finite, got {diversity_weight!r}")
+    if not math.isfinite(z_loss):
+        raise ValueError(f"z_loss must be finite, got {z_loss!r}")
+
+
+def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
+    if logits.dtype not in _LOGITS:
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    if target.dtype not in _TARGETS:
+        hint = "; targets as class probabilities are not supported" if target.is_floating_point() else ""
+        raise TypeError(f"target must be class indices of int64 or int32, got {target.dtype}{hint}")
+    if logits.dim() == 0:
+        raise ValueError("logits must have a class dimension: (K,), (N, K) or (N, K, d1, ...), got a scalar")
+    shape = logits.shape
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    if target.shape != rows:
+        raise ValueError(f"target must have shape {tuple(rows)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
+    if weight is not None:
+        classes = shape[1] if len(shape) > 1 else shape[0]
+        if weight.shape != (classes,):
+            raise ValueError(f"weight must have shape ({classes},), one for each class, got {tuple(weight.shape)}")
+        _check_weight("weight", weight, logits)
+    if sample_weight is not None:
+        if sample_weight.shape != rows:
+            raise ValueError(f"sample_weight must have the shape of target, {tuple(rows)}, got {tuple(sample_weight.shape)}")
+        _check_weight("sample_weight", sample_weight, logits)
+
+
+def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {weight.dtype}")
+    if weight.device != logits.device:
+        raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {weight.device}")
+
+
+def _check_target_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if outside.any():
+        where = outside.nonzero()[0].tolist()
+        index = ", ".join(map(str, where))
+        raise IndexError(
+            f"target[{index}] is {int(target[tuple(where)])}, which is outside [0, {classes}) and is not ignore_index={ignore_index}"
+        )
+
+
+@overload
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    diversity: str | None = ...,
+    diversity_weight: float = ...,
+    z_loss: float = ...,
+    sample_weight: Tensor | None = ...,
+    return_components: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    diversity: str | None = ...,
+    diversity_weight: float = ...,
+    z_loss: float = ...,
+    sample_weight: Tensor | None = ...,
+    return_components: Literal[True],
+    backend: str | None = ...,
+) -> LossComponents: ...
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    diversity: str | None = "logit_variance",
+    diversity_weight: float = 1.0,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    return_components: bool = False,
+    backend: str | None = None,
+) -> Tensor | LossComponents:
+    """Cross-entropy plus a penalty on the diversity of the softmax over the non-true classes.
+
+    The penalty is that of "Distribution-restrained Softmax Loss for the Model Robustness", arXiv:2303.12363. With
+    ``diversity=None`` this is :func:`torch.nn.functional.cross_entropy` for index targets, save that a confident row
+    keeps its full relative precision, and that the result is float32 for 16-bit logits.
+
+    Args:
+        logits: ``(K,)``, ``(N, K)`` or ``(N, K, d1, ...)``, any strides; float32, float64, bfloat16 or float16.
+            A logit of -inf takes its class out of the row.
+        target: class indices, ``()``, ``(N,)`` or ``(N, d1, ...)``; int64 or int32.
+        weight: ``(K,)``, a factor for each class, as in PyTorch.
+        ignore_index: rows with this target have a zero loss and a zero gradient, and do not count in the mean.
+        reduction: ``"mean"`` (over the summed weights of the rows that count), ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1], as in PyTorch; the penalty always takes the row's one true class.
+        diversity: ``"logit_variance"``, ``"kl"``, ``"reverse_kl"``, ``"chi2"``, ``"variance"`` or ``None``.
+        diversity_weight: factor of the penalty.
+        z_loss: factor of the squared log-sum-exp of the row.
+        sample_weight: target's shape; multiplies the row's class weight wherever that stands, in the mean's divisor too,
+            so a weight of 2 is the row twice.
+        return_components: give :class:`LossComponents` instead of the loss alone, from the same pass.
+        backend: ``None`` chooses by device; ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` asks for one.
+            The environment variable ``FASTSOFTLOSS_BACKEND``, read at import, overrides both.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): ``()``, or target's shape for ``reduction="none"``.
+
+    Raises:
+        ValueError: a shape, a device or an option that does not fit.
+        TypeError: a dtype that is not supported.
+        IndexError: a target outside ``[0, K)`` that is not ``ignore_index`` (CPU tensors; on a GPU its row's loss is NaN).
+        RuntimeError: a backend that is not available here.
+    """
+    check_options(reduction, label_smoothing, diversity, diversity_weight, z_loss)
+    if target.dtype is torch.uint8:  # PyTorch takes it too
+        target = target.long()
+    _check_tensors(logits, target, weight, sample_weight)
+    operators = backends.choose(backend, logits.device)
+    by_row_weight = sample_weight is not None and sample_weight.requires_grad or weight is not None and weight.requires_grad
+    if operators is None or by_row_weight:  # the kernels have no gradient for the weights
+        return _by_reference(
+            logits, target, weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss, sample_weight, return_components
+        )
+    dtype = reference.accumulation_dtype(logits.dtype)
+    if weight is not None:
+        weight = weight.to(dtype).contiguous()
+    if sample_weight is not None:
+        sample_weight = sample_weight.to(dtype)
+    options = ops.Options(
+        ignore_index, _REDUCTION_INDEX[reduction], label_smoothing, _DIVERSITY_INDEX[diversity], diversity_weight, z_loss
+    )
+    try:
+        loss, parts = ops.cross_entropy(operators, logits, target, weight, sample_weight, options, return_components)
+    except RuntimeError:
+        # the kernel stops at the first target out of range; the slow look for its name is paid only then
+        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
+        raise
+    return loss if parts is None else LossComponents(loss, parts[0], parts[1])
+
+
+def _by_reference(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    diversity: str | None,
+    diversity_weight: float,
+    z_loss: float,
+    sample_weight: Tensor | None,
+    return_components: bool,
+) -> Tensor | LossComponents:
+    traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    if logits.device.type == "cpu" and not traced:
+        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
+    result = LossComponents(
+        *reference.cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            diversity=diversity,
+            diversity_weight=diversity_weight,
+            z_loss=z_loss,
+            sample_weight=sample_weight,
+        )
+    )
+    return result if return_components else result.loss

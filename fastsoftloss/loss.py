@@ -1,0 +1,65 @@
+"""The module: a drop-in for ``torch.nn.CrossEntropyLoss``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastsoftloss import functional
+
+
+class Loss(nn.Module):
+    """Cross-entropy plus a penalty on the diversity of the softmax over the non-true classes (arXiv:2303.12363).
+
+    A drop-in for :class:`torch.nn.CrossEntropyLoss` with index targets. The arguments are those of
+    :func:`fastsoftloss.functional.cross_entropy`, which see for shapes, dtypes, units and errors; ``weight`` is a buffer.
+
+        criterion = Loss()
+        loss = criterion(logits, target)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        diversity: str | None = "logit_variance",
+        diversity_weight: float = 1.0,
+        z_loss: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_options(reduction, label_smoothing, diversity, diversity_weight, z_loss)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.diversity = diversity
+        self.diversity_weight = diversity_weight
+        self.z_loss = z_loss
+        self.backend = backend
+
+    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` against ``target``; ``sample_weight`` has target's shape."""
+        return functional.cross_entropy(
+            logits,
+            target,
+            self.weight,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
+            diversity=self.diversity,
+            diversity_weight=self.diversity_weight,
+            z_loss=self.z_loss,
+            sample_weight=sample_weight,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"diversity={self.diversity!r}, diversity_weight={self.diversity_weight}, z_loss={self.z_loss}, backend={self.backend!r}"
+        )

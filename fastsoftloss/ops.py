@@ -1,0 +1,203 @@
+"""The registered operators: one forward, one backward, each with a schema, a fake and an autograd formula.
+
+A backend is a pair of operators with the same schema, so that compile, export and autograd know them all alike.
+Eager calls go through :class:`_CrossEntropy`, a plain autograd Function over the same operators, since
+``torch.library``'s generated one costs more time than the kernel at small batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsoftloss import reference
+
+DIVERSITIES = (None, "logit_variance", "kl", "reverse_kl", "chi2", "variance")  # the order of csrc/row_loss.h
+REDUCTIONS = ("none", "mean", "sum")
+
+_ARGUMENTS = (
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, int ignore_index, int reduction, "
+    "float label_smoothing, int diversity, float diversity_weight, float z_loss"
+)
+# loss: () or target's shape; parts: (2, *loss.shape), cross-entropy and diversity, or (0,); dlogits: for an upstream
+# gradient of 1, or (0,); moments: what the backend's own backward wants to find again, or (0,)
+_FORWARD = f"({_ARGUMENTS}, bool parts, bool gradient) -> (Tensor loss, Tensor parts, Tensor dlogits, Tensor moments)"
+_BACKWARD = f"(Tensor upstream, Tensor moments, {_ARGUMENTS}) -> Tensor dlogits"
+
+_library = torch.library.Library("fastsoftloss", "DEF")
+
+
+class Options(NamedTuple):
+    """The operators' scalar arguments, in the order of the schema."""
+
+    ignore_index: int
+    reduction: int
+    label_smoothing: float
+    diversity: int
+    diversity_weight: float
+    z_loss: float
+
+
+class Operators(NamedTuple):
+    """A backend's forward and backward, and how it takes over a gradient that the forward has already written.
+
+    ``rescale(dlogits, upstream, moments, *inputs)`` turns the gradient for an upstream of 1 into the one for
+    ``upstream``, in place, or returns None where only the backward can do so without rounding twice.
+    """
+
+    forward: Any
+    backward: Any
+    rescale: Callable[..., Tensor | None]
+
+
+def _reference(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
+    return reference.cross_entropy(
+        logits,
+        target,
+        weight,
+        options.ignore_index,
+        REDUCTIONS[options.reduction],
+        options.label_smoothing,
+        diversity=DIVERSITIES[options.diversity],
+        diversity_weight=options.diversity_weight,
+        z_loss=options.z_loss,
+        sample_weight=sample_weight,
+    )[0]
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t if t.requires_grad else t.detach().requires_grad_()
+
+
+def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
+    """The gradient as an expression of plain PyTorch, for ``create_graph=True``."""
+    with torch.enable_grad():
+        z = _leaf(logits)
+        (dlogits,) = torch.autograd.grad(_reference(z, *inputs), z, upstream, create_graph=True)
+    return dlogits
+
+
+def rescale_on_host(dlogits: Tensor, upstream: Tensor, *_: Any) -> Tensor | None:
+    """:attr:`Operators.rescale` where reading ``upstream`` costs nothing."""
+    if upstream.dim() == 0 and upstream.item() == 1:
+        return dlogits
+    if dlogits.element_size() < 4:  # a second rounding, and in float16 an underflow that loss scaling is there to avoid
+        return None
+    return dlogits.mul_(upstream if upstream.dim() == 0 or dlogits.dim() == 1 else upstream.unsqueeze(1))
+
+
+def define(name: str, rescale: Callable[..., Tensor | None] = rescale_on_host) -> Operators:
+    """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; the kernels are registered elsewhere."""
+    _library.define(f"{name}{_FORWARD}")
+    _library.define(f"{name}_backward{_BACKWARD}")
+    forward = getattr(torch.ops.fastsoftloss, name).default
+    backward = getattr(torch.ops.fastsoftloss, f"{name}_backward").default
+
+    def fake_forward(logits, target, weight, sample_weight, ignore_index, reduction, *rest):  # type: ignore[no-untyped-def]
+        *_, parts, gradient = rest
+        dtype = reference.accumulation_dtype(logits.dtype)
+        shape = target.shape if REDUCTIONS[reduction] == "none" else ()
+        nothing = logits.new_empty(0, dtype=dtype)
+        return (
+            logits.new_empty(shape, dtype=dtype),
+            logits.new_empty((2, *shape), dtype=dtype) if parts else nothing,
+            torch.empty_like(logits) if gradient else logits.new_empty(0),
+            logits.new_empty(0, dtype=dtype),
+        )
+
+    def fake_backward(upstream, moments, logits, *inputs):  # type: ignore[no-untyped-def]
+        return torch.empty_like(logits)
+
+    torch.library.register_fake(f"fastsoftloss::{name}", fake_forward, lib=_library)
+    torch.library.register_fake(f"fastsoftloss::{name}_backward", fake_backward, lib=_library)
+
+    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:4], output[3])
+        ctx.options = inputs[4:10]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def forward_gradient(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+        if upstream is None:
+            return (None,) * 12
+        *inputs, moments = ctx.saved_tensors
+        return backward(upstream, moments, *inputs, *ctx.options), *(None,) * 11
+
+    def save_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        upstream, _, *tensors = inputs[:6]
+        ctx.save_for_backward(upstream, *tensors)
+        ctx.options = Options(*inputs[6:])
+
+    def backward_gradient(ctx, grad):  # type: ignore[no-untyped-def]
+        upstream, logits, *inputs = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            g, z = _leaf(upstream), _leaf(logits)
+            dlogits = _differentiable_gradient(g, z, *inputs, ctx.options)
+            dupstream, dz = torch.autograd.grad(dlogits, (g, z), grad, create_graph=again)
+        return dupstream, None, dz, *(None,) * 9
+
+    torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"fastsoftloss::{name}_backward", backward_gradient, setup_context=save_backward, lib=_library)
+    return Operators(forward, backward, rescale)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The eager path: the forward writes the gradient for an upstream of 1, the first backward hands it over."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, sample_weight, operators, options, parts):  # type: ignore[no-untyped-def]
+        # float16 is trained with loss scaling, under which a gradient written now would underflow and be written again
+        gradient = logits.dtype is not torch.float16
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, components, dlogits, moments = operators.forward(logits, target, weight, sample_weight, *options, parts, gradient)
+        ctx.save_for_backward(logits, target, weight, sample_weight, moments)
+        ctx.operators, ctx.options = operators, options
+        if gradient:
+            ctx.dlogits = dlogits
+        if not parts:
+            return loss
+        ctx.mark_non_differentiable(components)
+        ctx.set_materialize_grads(False)
+        return loss, components
+
+    @staticmethod
+    def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+        if upstream is None:
+            return (None,) * 7
+        *inputs, moments = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradient(upstream, *inputs, ctx.options), *(None,) * 6
+        operators, options = ctx.operators, ctx.options
+        dlogits = ctx.__dict__.pop("dlogits", None)  # handed over once: autograd may write into it from now on
+        if dlogits is not None:
+            dlogits = operators.rescale(dlogits, upstream, moments, *inputs, *options)
+        if dlogits is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                dlogits = operators.backward(upstream, moments, *inputs, *options)
+        return dlogits, None, None, None, None, None, None
+
+
+def cross_entropy(
+    operators: Operators,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    options: Options,
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its parts where asked for. Arguments are taken as checked."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        # their own machinery differentiates the operator by its registered formula
+        loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
+        return loss, components if parts else None
+    if logits.requires_grad and torch.is_grad_enabled():
+        result = _CrossEntropy.apply(logits, target, weight, sample_weight, operators, options, parts)
+        return result if parts else (result, None)
+    with torch._C._AutoDispatchBelowAutograd():
+        loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
+    return loss, components if parts else None
