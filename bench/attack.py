@@ -11,8 +11,8 @@
     autoattack AutoAttack, standard version: apgd-ce, apgd-t, fab-t, square             arXiv:2003.01690
     strong     the worst case over pgd, margin-pgd, apgd-ce, apgd-t and square
 
-The last four, and what follows from them, are pyautoattack's; the first three are here. Cross-entropy is climbed through fastsoftloss, whose
-gradient does not vanish on confident rows; ``--stall`` shows what that changes on a model with large margins.
+The first three are here, the others pyautoattack's. Cross-entropy is climbed through fastsoftloss, whose gradient does not vanish on
+confident rows; ``--stall`` shows what that changes on a model with large margins.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,11 +127,11 @@ def _isolated(run: Callable[[], Tensor]) -> Tensor:
         return run().detach()
 
 
-def apgd_ce(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort = PUBLISHED) -> Tensor:
+def apgd_ce(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort = PUBLISHED, objective: Objective = cross_entropy) -> Tensor:
     base = require_library().autopgd_base
     attack = base.APGDAttack(net, n_iter=effort.apgd_steps, eps=eps, seed=effort.seed, loss="dlr", device=x.device, logger=_quiet)
     # the library's own 'ce' is F.cross_entropy, flat on confident rows; the loss that it calls 'dlr' is one that we can replace
-    attack.dlr_loss = lambda logits, target: cross_entropy(logits, target).to(logits.dtype)
+    attack.dlr_loss = lambda logits, target: objective(logits, target).to(logits.dtype)
     return _isolated(lambda: attack.perturb(x, y))
 
 
@@ -209,10 +210,8 @@ def evaluate(
         elif name == "strong":
             alive = clean
             for part, attack in tqdm(STRONG.items(), "strong", leave=False, disable=not progress):
-                if part == "pgd" and "pgd" in result:
-                    alive = result["pgd"]
-                else:
-                    alive = survivors(net, x, y, attack, eps, effort, alive)
+                done = result.get("pgd") if part == "pgd" else None
+                alive = survivors(net, x, y, attack, eps, effort, alive) if done is None else done
                 result[f"strong/{part}"] = alive
             result[name] = alive
         elif name in ATTACKS:
@@ -233,25 +232,31 @@ class Scaled(nn.Module):
         return self.net(x) * self.factor
 
 
-def _through_torch(logits: Tensor, target: Tensor) -> Tensor:
+def _torch_float32(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target, reduction="none")
 
 
-def _through_ours(logits: Tensor, target: Tensor) -> Tensor:
+def _torch_log_float64(logits: Tensor, target: Tensor) -> Tensor:
+    rows = F.cross_entropy(logits.double(), target, reduction="none")
+    return rows.clamp_min(torch.finfo(rows.dtype).tiny).log()
+
+
+def _ours_float32(logits: Tensor, target: Tensor) -> Tensor:
     return functional.cross_entropy(logits, target, diversity=None, reduction="none")
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "F.cross_entropy": _through_torch,
-    "ours, float32": _through_ours,
-    "ours, log in float64": cross_entropy,
+    "`F.cross_entropy`, float32": _torch_float32,
+    "fastsoftloss, float32": _ours_float32,
+    "log of `F.cross_entropy`, float64": _torch_log_float64,
+    "log of fastsoftloss, float64": cross_entropy,
 }
 
 
 def stall(
-    net: nn.Module, x: Tensor, y: Tensor, eps: float, factors: Sequence[float] = (1, 3, 10, 30, 100), effort: Effort = PUBLISHED
+    net: nn.Module, x: Tensor, y: Tensor, eps: float, factors: Sequence[float] = (1, 3, 10, 30), effort: Effort = PUBLISHED
 ) -> list[dict[str, Any]]:
-    """PGD through F.cross_entropy and through fastsoftloss, on the net with its logits multiplied by each factor.
+    """PGD and APGD through F.cross_entropy and through fastsoftloss, on the net with its logits multiplied by each factor.
 
     The classifier is the same for every factor, so a sound attack must not notice. For each: the median margin, the share of
     correct images whose loss, whose gradient in the true logit, and whose gradient in every pixel is exactly 0; the accuracy left.
@@ -265,11 +270,13 @@ def stall(
             z = logits[clean].requires_grad_()
             value = objective(z, y[clean])
             (dz,) = torch.autograd.grad(value.sum(), z)
-            dx = torch.cat([input_gradient(scaled, *part, objective)[0] for part in zip(x[clean].split(250), y[clean].split(250))])
-
-            def climb(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort, objective: Objective = objective) -> Tensor:
-                return pgd(net, x, y, eps, effort, objective)
-
+            dx = torch.cat(
+                [input_gradient(scaled, *part, objective)[0] for part in zip(x[clean].split(250), y[clean].split(250), strict=True)]
+            )
+            left = {
+                one.__name__: survivors(scaled, x, y, partial(one, objective=objective), eps, effort, clean).float().mean()
+                for one in (pgd, apgd_ce)
+            }
             rows.append(
                 {
                     "factor": factor,
@@ -278,7 +285,7 @@ def stall(
                     "zero_loss": float((value == 0).float().mean()),
                     "zero_true_logit": float((dz.gather(1, y[clean].unsqueeze(1)) == 0).float().mean()),
                     "zero_input": float((dx.flatten(1) == 0).all(1).float().mean()),
-                    "accuracy": float(survivors(scaled, x, y, climb, eps, effort, clean).float().mean()),
+                    **{name: float(value) for name, value in left.items()},
                 }
             )
     return rows
@@ -287,13 +294,13 @@ def stall(
 def stall_table(rows: list[dict[str, Any]]) -> str:
     """:func:`stall` as Markdown."""
     lines = [
-        "| logits times | median margin | PGD through | loss is 0 | dL/dz_y is 0 | input gradient is 0 | accuracy under PGD |",
-        "|---|---|---|---|---|---|---|",
+        "| logits times | median margin | attack through | loss is 0 | dL/dz_y is 0 | dL/dx is 0 | under PGD | under APGD |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['factor']:g} | {row['median_margin']:.1f} | {row['objective']} | {row['zero_loss']:.0%} | "
-            f"{row['zero_true_logit']:.0%} | {row['zero_input']:.0%} | {row['accuracy']:.1%} |"
+            f"{row['zero_true_logit']:.0%} | {row['zero_input']:.0%} | {row['pgd']:.1%} | {row['apgd_ce']:.1%} |"
         )
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         raise SystemExit(f"no checkpoint at {path}: train one with bench/train.py --out {path}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # noqa: BLE001 - damage surfaces as whatever the layer that met it raises
+    except Exception as error:  # damage surfaces as whatever the layer that met it raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SystemExit(f"{path} is a damaged checkpoint ({reason[:90]}): delete it and train again") from None
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:

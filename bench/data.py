@@ -115,7 +115,7 @@ def _npz(path: Path) -> Data:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # noqa: BLE001 - a broken archive raises whatever the layer that met the damage raises
+    except Exception as error:  # a broken archive raises whatever the layer that met the damage raises
         raise SystemExit(f"{path} is not a readable .npz file ({error}): write it again with numpy.savez") from None
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         x_train, x_test = _images(arrays["x_train"]), _images(arrays["x_test"])

@@ -76,7 +76,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of :func:`measure`'s rows; batch and classes are shown where the rows tell them."""
     sized = "batch" in rows[0]
     lines = [
-        f"| {'batch | classes | ' if sized else ''}loss | a step, ms | the loss alone, µs | its share of the step | step less a loss-free one |",
+        f"| {'batch | classes | ' if sized else ''}loss | a step, ms | the loss alone, µs | its share of the step | "
+        "over a loss-free step |",
         "|---" * (7 if sized else 5) + "|",
     ]
     for row in rows:

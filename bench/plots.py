@@ -16,7 +16,7 @@ import numpy as np
 def draw(path: Path, title: str, runs: list[dict[str, Any]], eps: float) -> None:
     """``runs``: the report's records of one data set; ``label`` names a configuration, ``seed`` its repetition."""
     labels = list(dict.fromkeys(run["label"] for run in runs))
-    colour = dict(zip(labels, plt.get_cmap("tab10")(np.arange(len(labels)) % 10)))
+    colour = dict(zip(labels, plt.get_cmap("tab10")(np.arange(len(labels)) % 10), strict=True))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     for label in labels:
         mine = [run for run in runs if run["label"] == label]

@@ -38,12 +38,13 @@ RADII = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 BINS = torch.linspace(-6, 0, 49)
 FULL = {
     "mnist5k": [
-        *("ce", "ce@1e-3", "ce@3e-3", "ce@1e-2", "logit_variance:5", "logit_variance:5@3e-3", "logit_variance:50@1e-3"),
-        *("kl:5", "kl:5@3e-3", "gce:0.333@1e-3"),
+        *("ce", "ce@1e-3", "ce@3e-3", "ce@1e-2", "ce@3e-2"),
+        *("logit_variance:5", "logit_variance:5@3e-3", "logit_variance:50@1e-3", "kl:5@3e-3", "gce:0.333@1e-3"),
     ],
     "digits": [
-        *("ce", "ce@1e-3", "ce@3e-3", "logit_variance:1", "logit_variance:1@1e-3", "logit_variance:5@1e-3"),
-        *("kl:5", "kl:5@1e-3", "gce:0.333", "gce:0.333@1e-3"),
+        *("ce", "ce@1e-3", "ce@3e-3", "ce@1e-2"),
+        *("logit_variance:1", "logit_variance:1@1e-3", "logit_variance:1@3e-3", "kl:5", "kl:5@1e-3", "gce:0.333", "gce:0.333@1e-3"),
+        *("ce+at", "logit_variance:1+at"),
     ],
 }
 QUICK = {"digits": ["ce", "ce@1e-3", "logit_variance:1", "logit_variance:1@1e-3"]}
@@ -263,8 +264,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--limit", type=int, help="attack the first so many test images (default 500; --quick: 200)")
     parser.add_argument("--apgd-steps", type=int, help="(default 50; --quick: 20; published: 100)")
-    parser.add_argument("--queries", type=int, help="of Square (default 1000; --quick: 200; published: 5000)")
-    parser.add_argument("--check", type=int, help="AutoAttack at published strength on so many images, seed 0 (default 200; --quick: 0)")
+    parser.add_argument("--queries", type=int, help="of Square (default 500; --quick: 200; published: 5000)")
+    parser.add_argument("--check", type=int, help="AutoAttack at published strength on so many images, seed 0 (default 100; --quick: 0)")
+    parser.add_argument("--rounds", type=int, default=100, help="steps to time for the loss's share (default 100)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1 for the CNN, else PyTorch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("results/report"), help="folder to write, and to go on from")
@@ -275,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _arguments()
     args = parser.parse_args(argv)
     preset = {"seeds": 3, "limit": 200, "apgd_steps": 20, "queries": 200, "check": 0} if args.quick else {}
-    full = {"seeds": 4, "limit": 500, "apgd_steps": 50, "queries": 1000, "check": 200}
+    full = {"seeds": 4, "limit": 500, "apgd_steps": 50, "queries": 500, "check": 100}
     chosen = {name: getattr(args, name) if getattr(args, name) is not None else preset.get(name, full[name]) for name in full}
     effort = attack.Effort(apgd_steps=chosen["apgd_steps"], queries=chosen["queries"])
     protocol = Protocol(args.eps, chosen["limit"], effort, 100 if args.quick else 200, chosen["check"])
@@ -321,11 +323,12 @@ def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Prot
         text += [
             f"## {name}",
             (
-                f"{len(images.y_train)} training images, {args.epochs} epochs, {seeds} seeds (mean ± standard deviation), in %. L∞ ε = "
-                f"{protocol.eps:g}. Clean: all {len(images.y_test)} test images; attacks: the first {min(protocol.limit, len(images.y_test))}. "
-                f"Strong: worst case over PGD-20, margin-PGD-20, APGD-CE and targeted APGD of {protocol.effort.apgd_steps} steps, and Square of "
-                f"{protocol.effort.queries} queries. Diversity: mean variance of the non-true logits, clean images. AUC: the chance that of two "
-                "correct test images the one that survives has the lower diversity (the larger margin)."
+                f"{len(images.y_train)} training images, {args.epochs} epochs, {seeds} seeds (mean ± standard deviation), in %. "
+                f"L∞ ε = {protocol.eps:g}. Clean: all {len(images.y_test)} test images; attacks: the first "
+                f"{min(protocol.limit, len(images.y_test))}. Strong: worst case over PGD-20, margin-PGD-20, APGD-CE and targeted APGD of "
+                f"{protocol.effort.apgd_steps} steps, and Square of {protocol.effort.queries} queries. Diversity: mean variance of the "
+                "non-true logits, clean images. AUC: the chance that of two correct test images the one that survives has the lower "
+                "diversity (the larger margin)."
             ),
             accuracy_table(mine),
             verdict(mine),
@@ -334,13 +337,13 @@ def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Prot
         ]
         label, net = next(iter(networks.items()))
         x, y = images.x_test[: protocol.curve_limit].to(args.device), images.y_test[: protocol.curve_limit].to(args.device)
-        stalled = attack.stall(net, x, y, protocol.eps)
+        stalled = attack.stall(net, x, y, protocol.eps, effort=protocol.effort)
         fresh = models.build(args.model, images.shape, images.classes).to(args.device)
         batch = train.Recipe().batch
-        timed = overhead.measure(fresh, images.x_train[:batch].to(args.device), images.y_train[:batch].to(args.device), 100)
+        timed = overhead.measure(fresh, images.x_train[:batch].to(args.device), images.y_train[:batch].to(args.device), args.rounds)
         extra[name] = {"stall": stalled, "overhead": timed}
         text += [
-            f"PGD-20 on the {label} net with its logits multiplied, first {len(y)} images:",
+            f"Attacks on the {label} net, the same classifier with its logits multiplied; accuracy on the first {len(y)} images:",
             attack.stall_table(stalled),
             f"A training step, batch {batch}:",
             overhead.table(timed),

@@ -2,7 +2,8 @@
 
     python bench/train.py --data digits --loss logit_variance:1 --out results/penalty.pt
     python bench/train.py --data mnist5k --loss ce --weight-decay 3e-3 --epochs 30 --out results/ce.pt
-    torchrun --nproc_per_node 2 bench/train.py --data cifar10 --model resnet18 --optimizer sgd --lr 0.1 --precision bf16 --out results/r18.pt
+    torchrun --nproc_per_node 2 bench/train.py --data cifar10 --model resnet18 --augment --optimizer sgd --lr 0.1 --epochs 100 \\
+        --precision bf16 --out results/r18.pt
 
 Step t depends on the state before it, the recipe and t alone: its batch and its random numbers come from generators seeded with
 (seed, t). So a run that was killed and resumed ends bit for bit where an unbroken one does (same machine, device, threads and
