@@ -74,7 +74,10 @@ def cross_entropy(
     if classes == 0:
         y, z = y[..., :0], z.new_zeros((*target.shape, 1))  # only rows that are ignored can be here
         y = target.new_zeros((*target.shape, 1))
-    z = torch.where(counted.unsqueeze(-1), z, 0.0)
+    z = torch.where((counted & ~outside).unsqueeze(-1), z, 0.0)
+    # as PyTorch: NaN, +inf and a row of -inf alone are NaN throughout
+    bad = z.isnan().any(-1) | (z == torch.inf).any(-1) | (z == -torch.inf).all(-1)
+    z = z * torch.where(bad, torch.nan, 1.0).to(z.dtype).unsqueeze(-1)
 
     is_label = torch.zeros_like(z, dtype=torch.bool).scatter(-1, y, True)
     inside = ~is_label & (z != -torch.inf)
@@ -99,11 +102,10 @@ def cross_entropy(
         # lse - z_j over all classes: +inf where a class is masked, as in PyTorch
         smooth = torch.where(is_label, 0.0, w * (lse_less_m.unsqueeze(-1) - x)).sum(-1) + w_y * log1p_odds
         ce = (1 - label_smoothing) * ce + label_smoothing / classes * smooth
-    # as PyTorch: a logit of +inf is NaN (the complement's own +inf is NaN already), and so is a label out of range
-    poison = torch.where((z_y == torch.inf) | outside, torch.nan, 1.0)
     row_weight = torch.ones_like(z_y) if sample_weight is None else sample_weight.to(z.dtype).expand_as(z_y)
     w_y = torch.where(counted, w_y * row_weight, 0.0)
-    ce = torch.where(counted, ce * row_weight * poison, 0.0)
+    ce = torch.where(counted, ce * row_weight, 0.0)
+    ce = torch.where(outside, torch.nan, ce)
     d = w_y * d
     loss = ce
     if diversity is not None and diversity_weight != 0:
