@@ -8,7 +8,6 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,6 +22,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 enum Reduction : int64_t { kNone, kMean, kSum };
+
+constexpr int64_t kMaxDims = 64;  // of a tensor: torch's own limit
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
@@ -43,9 +44,24 @@ fastsoftloss::Storage storage_of(ScalarType type) {
   }
 }
 
+// Contiguous and uninitialised; the C shim takes a fraction of the time of a call through the dispatcher by name.
+Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+  int64_t strides[kMaxDims];
+  int64_t step = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), cpu, 0, &handle));
+  return Tensor(handle);
+}
+
 // Fresh memory of many megabytes costs more in page faults than the kernel costs: ask for large pages.
 Tensor empty_gradient(const Tensor& logits) {
-  Tensor out = torch::stable::empty_like(logits);
+  Tensor out = logits.is_contiguous() ? empty(logits.sizes().data(), logits.dim(), logits.scalar_type()) : torch::stable::empty_like(logits);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   const int64_t bytes = out.numel() * int64_t(out.element_size());
@@ -70,20 +86,20 @@ struct Operand {
 
 // Row dimensions that all operands walk alike are one dimension.
 template <class T>
-void set_rows(fastsoftloss::Job<T>& job, const Tensor& target, const std::vector<Operand>& operands) {
+void set_rows(fastsoftloss::Job<T>& job, const Tensor& target, const Operand* operands, int count) {
   const auto sizes = target.sizes();
   job.rows = target.numel();
   int dims = 0;
   for (int64_t d = 0; d < target.dim(); ++d) {
     if (sizes[d] == 1) continue;
     bool joins = dims > 0;
-    for (const Operand& o : operands) joins = joins && o.out->of[dims - 1] == o.stride(d) * sizes[d];
+    for (int i = 0; i < count; ++i) joins = joins && operands[i].out->of[dims - 1] == operands[i].stride(d) * sizes[d];
     if (!joins) {
       STD_TORCH_CHECK(dims < fastsoftloss::kMaxRowDims, "logits have more than ", fastsoftloss::kMaxRowDims, " dimensions that cannot be joined");
       job.row_size[dims++] = 1;
     }
     job.row_size[dims - 1] *= sizes[d];
-    for (const Operand& o : operands) o.out->of[dims - 1] = o.stride(d);
+    for (int i = 0; i < count; ++i) operands[i].out->of[dims - 1] = operands[i].stride(d);
   }
   job.row_dims = dims;
 }
@@ -99,10 +115,39 @@ struct Inputs {
   double diversity_weight, z_loss;
 };
 
+// What functional.py explains, this refuses: nothing below may read where it should not.
+void check(const Inputs& in, const Tensor* upstream) {
+  const int64_t dims = in.logits.dim(), class_dim = dims > 1 ? 1 : 0;
+  bool fits = dims > 0 && in.target.dim() == dims - 1;
+  for (int64_t d = 0; fits && d < dims - 1; ++d) fits = in.target.size(d) == in.logits.size(d < class_dim ? d : d + 1);
+  STD_TORCH_CHECK(fits, "target must have the shape of logits without the class dimension");
+  const ScalarType index = in.target.scalar_type();
+  STD_TORCH_CHECK(index == ScalarType::Long || index == ScalarType::Int, "target must be int64 or int32");
+  const ScalarType type = in.logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto like_rows = [&](const Tensor& t) {
+    bool same = t.dim() == dims - 1 && t.scalar_type() == type && t.is_cpu();
+    for (int64_t d = 0; same && d < dims - 1; ++d) same = t.size(d) == in.target.size(d);
+    return same;
+  };
+  STD_TORCH_CHECK(in.logits.is_cpu() && in.target.is_cpu(), "logits and target must be on the CPU");
+  if (in.weight)
+    STD_TORCH_CHECK(in.weight->dim() == 1 && in.weight->size(0) == in.logits.size(class_dim) && in.weight->scalar_type() == type &&
+                        in.weight->is_contiguous() && in.weight->is_cpu(),
+                    "weight must hold one contiguous value for each class, in the dtype of the arithmetic");
+  if (in.sample_weight)
+    STD_TORCH_CHECK(like_rows(*in.sample_weight), "sample_weight must have the shape of target and the dtype of the arithmetic");
+  if (upstream)
+    STD_TORCH_CHECK(in.reduction == kNone ? like_rows(*upstream) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
+                    "the upstream gradient must have the shape and the dtype of the loss");
+  STD_TORCH_CHECK(in.reduction >= kNone && in.reduction <= kSum, "reduction must be 0, 1 or 2");
+  STD_TORCH_CHECK(in.diversity >= 0 && in.diversity <= int64_t(fastsoftloss::Diversity::variance), "diversity must be from 0 to 5");
+}
+
 // The job that the arguments describe, with its targets found good, and what the sums are divided by.
 // gradient: where to write it, or null.
 template <class T>
 fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Tensor* upstream, double* divisor) {
+  check(in, upstream);
   fastsoftloss::Job<T> job;
   const int64_t class_dim = in.logits.dim() > 1 ? 1 : 0;
   job.classes = in.logits.size(class_dim);
@@ -114,25 +159,25 @@ fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Te
   job.wide_target = in.target.scalar_type() == ScalarType::Long;
   job.ignore_index = in.ignore_index;
 
-  std::vector<Operand> operands;
-  operands.reserve(5);
-  operands.push_back({in.logits.strides().data(), class_dim, bytes, &job.logits_rows});
-  operands.push_back({in.target.strides().data(), -1, job.wide_target ? 8 : 4, &job.target_rows});
+  Operand operands[5];
+  int count = 0;
+  operands[count++] = {in.logits.strides().data(), class_dim, bytes, &job.logits_rows};
+  operands[count++] = {in.target.strides().data(), -1, job.wide_target ? 8 : 4, &job.target_rows};
   if (gradient) {
     job.gradient = static_cast<char*>(gradient->mutable_data_ptr());
     job.gradient_step = gradient->stride(class_dim) * bytes;
-    operands.push_back({gradient->strides().data(), class_dim, bytes, &job.gradient_rows});
+    operands[count++] = {gradient->strides().data(), class_dim, bytes, &job.gradient_rows};
   }
   if (in.weight) job.class_weight = static_cast<const T*>(in.weight->const_data_ptr());
   if (in.sample_weight) {
     job.sample_weight = static_cast<const char*>(in.sample_weight->const_data_ptr());
-    operands.push_back({in.sample_weight->strides().data(), -1, sizeof(T), &job.sample_weight_rows});
+    operands[count++] = {in.sample_weight->strides().data(), -1, sizeof(T), &job.sample_weight_rows};
   }
   if (upstream && upstream->dim() > 0) {
     job.upstream = static_cast<const char*>(upstream->const_data_ptr());
-    operands.push_back({upstream->strides().data(), -1, sizeof(T), &job.upstream_rows});
+    operands[count++] = {upstream->strides().data(), -1, sizeof(T), &job.upstream_rows};
   }
-  set_rows(job, in.target, operands);
+  set_rows(job, in.target, operands, count);
 
   auto& o = job.options;
   o.diversity = static_cast<fastsoftloss::Diversity>(in.diversity);
@@ -161,13 +206,14 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 Outputs forward(const Inputs& in, bool parts, bool gradient) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  std::vector<int64_t> shape;
-  if (in.reduction == kNone) shape.assign(in.target.sizes().begin(), in.target.sizes().end());
-  Tensor loss = torch::stable::empty(shape, type);
-  shape.insert(shape.begin(), 2);
-  Tensor components = parts ? torch::stable::empty(shape, type) : torch::stable::empty({0}, type);
-  Tensor dlogits = gradient ? empty_gradient(in.logits) : torch::stable::empty({0}, in.logits.scalar_type());
-  Tensor moments = torch::stable::empty({0}, type);  // the backward reads the logits anyway, and reduces them again
+  int64_t shape[kMaxDims] = {2}, dims = 0;  // of the parts; without the 2, of the loss
+  if (in.reduction == kNone)
+    for (; dims < in.target.dim(); ++dims) shape[dims + 1] = in.target.size(dims);
+  const int64_t nothing = 0;
+  Tensor loss = empty(shape + 1, dims, type);
+  Tensor components = parts ? empty(shape, dims + 1, type) : empty(&nothing, 1, type);
+  Tensor dlogits = gradient ? empty_gradient(in.logits) : empty(&nothing, 1, in.logits.scalar_type());
+  Tensor moments = empty(&nothing, 1, type);  // the backward reads the logits anyway, and reduces them again
 
   double divisor;
   auto job = make_job<T>(in, gradient ? &dlogits : nullptr, nullptr, &divisor);

@@ -109,8 +109,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
       case Diversity::none:
         break;
     }
-    // the mean and the variance leave NaN out of their sums; s1 does not
-    penalty = select(r.s1 != r.s1, r.s1, select(r.n > one, penalty, zero)) * class_weight;
+    penalty = select(r.n > one, penalty, zero) * class_weight;
     g.a = g.a * class_weight, g.b = g.b * class_weight, g.t = g.t * class_weight;
     g.e0 = g.e0 * class_weight, g.e1 = g.e1 * class_weight, g.label = g.label * class_weight;
   }
@@ -152,7 +151,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   RowLoss<T> out;
   out.loss = (loss + nan) * row_weight;
   out.cross_entropy = (ce + nan) * row_weight;
-  out.diversity = penalty * row_weight;
+  out.diversity = (penalty + nan) * row_weight;
   out.gradient.a = (g.a + nan) * scale;
   out.gradient.b = g.b * scale;
   out.gradient.t = g.t * scale;

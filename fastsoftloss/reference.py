@@ -77,7 +77,8 @@ def cross_entropy(
     z = torch.where((counted & ~outside).unsqueeze(-1), z, 0.0)
     # as PyTorch: NaN, +inf and a row of -inf alone are NaN throughout
     bad = z.isnan().any(-1) | (z == torch.inf).any(-1) | (z == -torch.inf).all(-1)
-    z = z * torch.where(bad, torch.nan, 1.0).to(z.dtype).unsqueeze(-1)
+    poison = torch.where(bad, torch.nan, 1.0).to(z.dtype)
+    z = z * poison.unsqueeze(-1)
 
     is_label = torch.zeros_like(z, dtype=torch.bool).scatter(-1, y, True)
     inside = ~is_label & (z != -torch.inf)
@@ -106,7 +107,7 @@ def cross_entropy(
     w_y = torch.where(counted, w_y * row_weight, 0.0)
     ce = torch.where(counted, ce * row_weight, 0.0)
     ce = torch.where(outside, torch.nan, ce)
-    d = w_y * d
+    d = w_y * d * poison
     loss = ce
     if diversity is not None and diversity_weight != 0:
         loss = loss + diversity_weight * d

@@ -34,7 +34,8 @@ Isa isa() {
 template <class T>
 const Kernels<T>& kernels_of(const Job<T>& job) {
   unsigned needs = moments_of(job.options);
-  if (needs & (needs - 1)) needs |= kAllMoments & ~kWeighted;  // label smoothing with another penalty: one kernel for all
+  // label smoothing with another penalty, and float64, which is not where the speed is wanted: one kernel for all
+  if (needs & (needs - 1) || sizeof(T) == 8) needs |= kAllMoments & ~kWeighted;
 #if defined(__x86_64__)
   if (isa() == Isa::avx512) return avx512::kernels<T>(needs);
   if (isa() == Isa::avx2) return avx2::kernels<T>(needs);

@@ -19,30 +19,41 @@ FSL_FN bool holds(Storage s) {
 }
 
 // A row with class stride 1 as blocks of 64 lanes. The true class and the padding read as -inf, which is what a class
-// that is not there looks like: no loop below knows of either.
+// that is not there looks like: no loop below knows of either. The two blocks that hold them are copies.
 template <class T>
 struct RowBlocks {
   const char* logits;
   Storage storage;
-  int64_t classes, label;
+  int64_t classes, count, label_block, tail_block;
+  T label_copy[kBlock], tail_copy[kBlock];
 
-  FSL_FN int64_t count(int64_t b) const { return classes - b * kBlock < kBlock ? classes - b * kBlock : kBlock; }
-  FSL_FN bool direct(int64_t b) const { return holds<T>(storage) && count(b) == kBlock && label / kBlock != b; }
-  FSL_FN const T* at(int64_t b, T* buffer) const {
-    if (direct(b)) return reinterpret_cast<const T*>(logits) + b * kBlock;
-    return patched(b, buffer);
+  FSL_LOOP RowBlocks(const Job<T>& job, const Row<T>& row)
+      : logits(row.logits), storage(job.storage), classes(job.classes), count((classes + kBlock - 1) / kBlock) {
+    label_block = row.label / kBlock;
+    tail_block = classes % kBlock ? count - 1 : -1;
+    copy(label_block, label_copy);
+    label_copy[row.label % kBlock] = -Limits<T>::infinity();
+    if (tail_block >= 0 && tail_block != label_block) copy(tail_block, tail_copy);
   }
-  FSL_LOOP const T* patched(int64_t b, T* buffer) const {
-    const char* from = logits + b * kBlock * bytes_of(storage);
-    load_contiguous(from, storage, count(b), buffer);
-    for (int64_t i = count(b); i < kBlock; ++i) buffer[i] = -Limits<T>::infinity();
-    if (label / kBlock == b) buffer[label % kBlock] = -Limits<T>::infinity();
+  FSL_FN int64_t size(int64_t b) const { return b == tail_block ? classes % kBlock : kBlock; }
+  FSL_FN bool direct(int64_t b) const { return holds<T>(storage) && b != label_block && b != tail_block; }
+  FSL_FN const T* at(int64_t b, T* buffer) const {
+    if (b == label_block) return label_copy;
+    if (b == tail_block) return tail_copy;
+    if (holds<T>(storage)) return reinterpret_cast<const T*>(logits) + b * kBlock;
+    load_contiguous(logits + b * kBlock * bytes_of(storage), storage, kBlock, buffer);
     return buffer;
   }
   FSL_FN const T* weights_at(const T* weight, int64_t b, T* buffer) const {
-    if (count(b) == kBlock) return weight + b * kBlock;
-    for (int64_t i = 0; i < kBlock; ++i) buffer[i] = i < count(b) ? weight[b * kBlock + i] : T(0);
+    if (b != tail_block) return weight + b * kBlock;
+    for (int i = 0; i < kBlock; ++i) buffer[i] = i < size(b) ? weight[b * kBlock + i] : T(0);
     return buffer;
+  }
+
+ private:
+  FSL_FN void copy(int64_t b, T* to) const {
+    load_contiguous(logits + b * kBlock * bytes_of(storage), storage, size(b), to);
+    for (int64_t i = size(b); i < kBlock; ++i) to[i] = -Limits<T>::infinity();
   }
 };
 
@@ -79,19 +90,19 @@ struct Accumulator {
   }
 };
 
-// Corrected two-pass: the squares were taken about `shift`, which is the mean up to rounding.
-template <unsigned Needs, class U>
-FSL_FN RowMoments<U> moments(U n, U m, U s1, U s2, U sx, U shift, U sd, U sdd, U sw, U swx) {
+// The moments of one row, once its lanes are joined, or of one row a lane.
+template <unsigned Needs, class T, class U, class F>
+FSL_FN RowMoments<U> moments(const Accumulator<T, Needs>& acc, U n, U m, U shift, F join) {
   RowMoments<U> r;
-  r.n = n, r.m = m, r.s1 = s1;
-  if (Needs & kSquares) r.s2 = s2;
-  if (Needs & kEntropy) r.sx = sx;
-  if (Needs & kLogits) {
-    const U off = sd / max(n, U(1));
+  r.n = n, r.m = m, r.s1 = join(acc.s1);
+  if (Needs & kSquares) r.s2 = join(acc.s2);
+  if (Needs & kEntropy) r.sx = join(acc.sx);
+  if (Needs & kLogits) {  // corrected two-pass: the squares were taken about `shift`, the mean up to rounding
+    const U sd = join(acc.sd), off = sd / max(n, U(1));
     r.mean = select(n > U(0), shift + off, U(0));
-    r.m2 = max(sdd - sd * off, U(0));
+    r.m2 = max(join(acc.sdd) - sd * off, U(0));
   }
-  if (Needs & kWeighted) r.sw = sw, r.swx = swx;
+  if (Needs & kWeighted) r.sw = join(acc.sw), r.swx = join(acc.swx);
   return r;
 }
 
@@ -117,7 +128,7 @@ FSL_LOOP RowMoments<T> reduce(const RowBlocks<T>& row, const T* weight, int64_t 
       if (exps) e.store(exps + (b - from) * kBlock + i);
     }
   }
-  return moments<Needs>(n, m, sum(acc.s1), sum(acc.s2), sum(acc.sx), shift, sum(acc.sd), sum(acc.sdd), sum(acc.sw), sum(acc.swx));
+  return moments<Needs>(acc, n, m, shift, [](V lanes) { return sum(lanes); });
 }
 
 // One gradient element for each lane, save the true class's.
@@ -161,7 +172,7 @@ FSL_LOOP void spread(const RowBlocks<T>& row, const T* weight, int64_t from, int
       const V e = exps ? V::load(exps + (b - from) * kBlock + i) : exp(x);
       slope<Needs>(lanes, zi, x, e, V::load(w + i)).store(out + i);
     }
-    if (!row.direct(b)) store_contiguous(out, row.storage, row.count(b), to_memory);
+    if (!row.direct(b)) store_contiguous(out, row.storage, row.size(b), to_memory);
   }
 }
 
@@ -197,8 +208,8 @@ template <class T, unsigned Needs>
 void one_row(const Job<T>& job, int64_t r, T* exps, LossSums<T>* sums) {
   const Row<T> row = locate(job, r);
   if (row.label < 0) return ignore(job, row, r);
-  const RowBlocks<T> blocks{row.logits, job.storage, job.classes, row.label};
-  const int64_t count = (job.classes + kBlock - 1) / kBlock, step = kPart / kBlock;
+  const RowBlocks<T> blocks(job, row);
+  const int64_t count = blocks.count, step = kPart / kBlock;
   T part_m[(kRowLimit<T> + kPart - 1) / kPart];
   RowMoments<T> whole;
   for (int64_t b = 0, p = 0; b < count; b += step, ++p) {
@@ -239,9 +250,10 @@ struct Tile {
     if (logits_run) {
       for (int i = 0; i < count; ++i) load_contiguous(row[0].logits + (k + i) * job.logits_step, job.storage, kLanes, z[i]);
     } else if (job.logits_step == bytes) {
-      T line[kTileClasses];
+      T buffer[kTileClasses];
       for (int lane = 0; lane < kLanes; ++lane) {
-        load_contiguous(row[lane].logits + k * bytes, job.storage, count, line);
+        const T* line = reinterpret_cast<const T*>(row[lane].logits) + k;
+        if (!holds<T>(job.storage)) load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer), line = buffer;
         for (int i = 0; i < count; ++i) z[i][lane] = line[i];
       }
     } else {
@@ -256,10 +268,11 @@ struct Tile {
     if (gradient_run) {
       for (int i = 0; i < count; ++i) store_contiguous(dz[i], job.storage, kLanes, row[0].gradient + (k + i) * job.gradient_step);
     } else if (job.gradient_step == bytes) {
-      T line[kTileClasses];
+      T buffer[kTileClasses];
       for (int lane = 0; lane < valid; ++lane) {
+        T* line = holds<T>(job.storage) ? reinterpret_cast<T*>(row[lane].gradient) + k : buffer;
         for (int i = 0; i < count; ++i) line[i] = dz[i][lane];
-        store_contiguous(line, job.storage, count, row[lane].gradient + k * bytes);
+        if (line == buffer) store_contiguous(line, job.storage, count, row[lane].gradient + k * bytes);
       }
     } else {
       for (int i = 0; i < count; ++i)
@@ -276,7 +289,7 @@ FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, int count, const T (*z)[Vec<
   const V at = select(acc.m == V(-Limits<T>::infinity()), V(0), acc.m);
   acc.shift = Needs & kLogits ? acc.total / max(acc.n, V(1)) - at : V(0);
   for (int i = 0; i < count; ++i) acc.add(V::load(z[i]), at, V(Needs & kWeighted ? weight[i] : T(0))).store(exps[i]);
-  return moments<Needs>(acc.n, acc.m, acc.s1, acc.s2, acc.sx, acc.shift, acc.sd, acc.sdd, acc.sw, acc.swx);
+  return moments<Needs>(acc, acc.n, acc.m, acc.shift, [](V lanes) { return lanes; });
 }
 
 template <class T, unsigned Needs>
@@ -346,9 +359,9 @@ template <class T, unsigned Needs>
 void reduce_part(const Job<T>& job, int64_t r, int64_t part, RowMoments<T>* moments) {
   const Row<T> row = locate(job, r);
   if (row.label < 0) return;
-  const int64_t count = (job.classes + kBlock - 1) / kBlock, from = part * (kPart / kBlock);
-  const RowBlocks<T> blocks{row.logits, job.storage, job.classes, row.label};
-  *moments = reduce<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, count), nullptr);
+  const RowBlocks<T> blocks(job, row);
+  const int64_t from = part * (kPart / kBlock);
+  *moments = reduce<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, blocks.count), nullptr);
 }
 
 template <class T, unsigned Needs>
@@ -367,9 +380,9 @@ template <class T, unsigned Needs>
 void spread_part(const Job<T>& job, int64_t r, int64_t part, T m, const RowGradient<T>& gradient) {
   const Row<T> row = locate(job, r);
   if (row.label < 0) return;
-  const int64_t count = (job.classes + kBlock - 1) / kBlock, from = part * (kPart / kBlock);
-  const RowBlocks<T> blocks{row.logits, job.storage, job.classes, row.label};
-  spread<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, count), gradient, m, nullptr, m, row.gradient);
+  const RowBlocks<T> blocks(job, row);
+  const int64_t from = part * (kPart / kBlock);
+  spread<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, blocks.count), gradient, m, nullptr, m, row.gradient);
   if (row.label / kPart == part) store_one(gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
 }
 
@@ -378,25 +391,28 @@ constexpr Kernels<T> kKernels = {rows<T, Needs>, reduce_part<T, Needs>, finish_r
 
 }  // namespace
 
-template <class T>
-const Kernels<T>& kernels(unsigned needs) {
+template <>
+const Kernels<float>& kernels(unsigned needs) {
   switch (needs) {
     case kBase:
-      return kKernels<T, kBase>;
+      return kKernels<float, kBase>;
     case kLogits:
-      return kKernels<T, kLogits>;
+      return kKernels<float, kLogits>;
     case kSquares:
-      return kKernels<T, kSquares>;
+      return kKernels<float, kSquares>;
     case kEntropy:
-      return kKernels<T, kEntropy>;
+      return kKernels<float, kEntropy>;
     case kAllMoments & ~kWeighted:
-      return kKernels<T, kAllMoments & ~kWeighted>;
+      return kKernels<float, kAllMoments & ~kWeighted>;
     default:
-      return kKernels<T, kAllMoments>;
+      return kKernels<float, kAllMoments>;
   }
 }
-template const Kernels<float>& kernels<float>(unsigned);
-template const Kernels<double>& kernels<double>(unsigned);
+
+template <>
+const Kernels<double>& kernels(unsigned needs) {
+  return needs & kWeighted ? kKernels<double, kAllMoments> : kKernels<double, kAllMoments & ~kWeighted>;
+}
 
 }  // namespace FSL_ISA
 }  // namespace fastsoftloss

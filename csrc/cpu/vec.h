@@ -36,6 +36,9 @@ struct Native<double> {
 };
 
 template <class T>
+using Value = typename Native<T>::Value;
+
+template <class T>
 struct Mask {
   typename Native<T>::Bits v[64 / FSL_BYTES];
 };
@@ -142,7 +145,9 @@ struct Exp<double> {
 // The exponent with what is below every positive number raised to where exp is 0: 0 * -inf cannot appear. NaN stays.
 template <class T>
 FSL_FN Vec<T> bounded(Vec<T> x) {
-  return max(x, Vec<T>(Exp<T>::kLowest));
+  // written so that it is one instruction, which gives its second operand back for a NaN
+  FSL_PARTS x.v[i] = Exp<T>::kLowest - Value<T>{} > x.v[i] ? Exp<T>::kLowest - Value<T>{} : x.v[i];
+  return x;
 }
 
 // exp for x <= 0 that has been through bounded().
@@ -201,21 +206,25 @@ FSL_FN Vec<T> log1p(Vec<T> x) {
   return log(w) + (x - (w - one)) / w;
 }
 
-// The lanes in a fixed order: halves, quarters, ...
-template <class T>
-FSL_FN T sum(Vec<T> a) {
-  T lanes[Vec<T>::kLanes];
+// Lanes joined in a fixed order, halves upon halves, whatever the native width.
+template <class T, class F>
+FSL_FN T fold(Vec<T> a, F join) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  T lanes[kLanes];
   a.store(lanes);
-  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+#pragma GCC unroll 8
+  for (int width = kLanes / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) lanes[i] = join(lanes[i], lanes[i + width]);
   return lanes[0];
 }
 template <class T>
+FSL_FN T sum(Vec<T> a) {
+  return fold(a, [](T x, T y) { return x + y; });
+}
+template <class T>
 FSL_FN T maximum(Vec<T> a) {
-  T lanes[Vec<T>::kLanes], most = -Limits<T>::infinity();
-  a.store(lanes);
-  for (T lane : lanes) most = max(most, lane);
-  return most;
+  return fold(a, [](T x, T y) { return x < y ? y : x; });
 }
 
 }  // namespace FSL_ISA
