@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -26,7 +25,6 @@ class LossComponents(NamedTuple):
     diversity: Tensor
 
 
-@lru_cache(maxsize=256)
 def options_of(
     ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
 ) -> ops.Options:
@@ -42,7 +40,12 @@ def options_of(
     if not math.isfinite(z_loss):
         raise ValueError(f"z_loss must be finite, got {z_loss!r}")
     return ops.Options(
-        ignore_index, _REDUCTION_INDEX[reduction], float(label_smoothing), _DIVERSITY_INDEX[diversity], float(diversity_weight), float(z_loss)
+        ignore_index,
+        _REDUCTION_INDEX[reduction],
+        float(label_smoothing),
+        _DIVERSITY_INDEX[diversity],
+        float(diversity_weight),
+        float(z_loss),
     )
 
 
@@ -176,9 +179,10 @@ def cross_entropy(
         target = target.long()
     _check_tensors(logits, target, weight, sample_weight)
     operators = backends.choose(backend, logits.device)
-    by_row_weight = sample_weight is not None and sample_weight.requires_grad or weight is not None and weight.requires_grad
-    if operators is None or by_row_weight:  # the kernels have no gradient for the weights
-        traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    # the kernels have no gradient for the weights, and function transforms trace plain operators
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    if operators is None or transformed or any(w is not None and w.requires_grad for w in (weight, sample_weight)):
+        traced = transformed or torch.compiler.is_compiling()
         if logits.device.type == "cpu" and not traced:
             _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
         components = LossComponents(
