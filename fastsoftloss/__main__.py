@@ -43,10 +43,8 @@ def main() -> int:
             error = self_check(name, device)
             failed |= not error < 1e-5
             verdict = "agrees with" if error < 1e-5 else "DISAGREES WITH"
-            default = "  (default)" if backends.default(device) == name else ""
-            print(
-                f"  {name:<10} {device}: {verdict} the float64 reference, largest relative error {error:.1e}{default}{backends.detail(name)}"
-            )
+            notes = ("  (default)" if backends.default(device) == name else "") + backends.detail(name)
+            print(f"  {name:<10} {device}: {verdict} the float64 reference, largest relative error {error:.1e}{notes}")
     return int(failed)
 
 

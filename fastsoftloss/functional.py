@@ -181,7 +181,8 @@ def cross_entropy(
     operators = backends.choose(backend, logits.device)
     # the kernels have no gradient for the weights, and function transforms trace plain operators
     transformed = torch._C._functorch.maybe_current_level() is not None
-    if operators is None or transformed or any(w is not None and w.requires_grad for w in (weight, sample_weight)):
+    learned = (weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad)
+    if operators is None or transformed or learned:
         traced = transformed or torch.compiler.is_compiling()
         if logits.device.type == "cpu" and not traced:
             _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)

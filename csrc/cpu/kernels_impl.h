@@ -155,7 +155,7 @@ FSL_FN RowGradient<Vec<T>> broadcast(const RowGradient<T>& g) {
 // spread: blocks [from, to) of a row. exps: the e that reduce kept, relative to `exps_m`, or null.
 template <class T, unsigned Needs>
 FSL_LOOP void spread(const RowBlocks<T>& row, const T* weight, int64_t from, int64_t to, RowGradient<T> g, T m, const T* exps, T exps_m,
-                   char* gradient) {
+                     char* gradient) {
   using V = Vec<T>;
   T buffer[kBlock], weight_buffer[kBlock], out_buffer[kBlock];
   if (exps && exps_m != m) {
@@ -223,7 +223,8 @@ void one_row(const Job<T>& job, int64_t r, T* exps, LossSums<T>* sums) {
   record(job, r, loss, sums);
   if (!job.gradient) return;
   for (int64_t b = 0, p = 0; b < count; b += step, ++p)
-    spread<T, Needs>(blocks, job.class_weight, b, min_of(b + step, count), loss.gradient, whole.m, exps + b * kBlock, part_m[p], row.gradient);
+    spread<T, Needs>(blocks, job.class_weight, b, min_of(b + step, count), loss.gradient, whole.m, exps + b * kBlock, part_m[p],
+                     row.gradient);
   store_one(loss.gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
 }
 
