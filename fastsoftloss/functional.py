@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsoftloss import backends, ops, reference
 
@@ -35,9 +36,9 @@ def options_of(
         raise ValueError(f"diversity must be None or one of {', '.join(map(repr, ops.DIVERSITIES[1:]))}, got {diversity!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}")
-    if not math.isfinite(diversity_weight):
+    if not abs(diversity_weight) < math.inf:
         raise ValueError(f"diversity_weight must be finite, got {diversity_weight!r}")
-    if not math.isfinite(z_loss):
+    if not abs(z_loss) < math.inf:
         raise ValueError(f"z_loss must be finite, got {z_loss!r}")
     return ops.Options(
         ignore_index,
@@ -180,7 +181,7 @@ def cross_entropy(
     _check_tensors(logits, target, weight, sample_weight)
     operators = backends.choose(backend, logits.device)
     # the kernels have no gradient for the weights, and function transforms trace plain operators
-    transformed = torch._C._functorch.maybe_current_level() is not None
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     learned = (weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad)
     if operators is None or transformed or learned:
         traced = transformed or torch.compiler.is_compiling()

@@ -95,10 +95,10 @@ def cross_entropy(
     lse_less_m = torch.where(delta > 0, log_s1 + F.softplus(-delta, threshold=_SOFTPLUS_LINEAR), (z_y - m) + log1p_odds)
     d = _diversity(diversity, x, inside, count, log_s1, torch.sigmoid(delta))
 
-    w_y = torch.ones_like(z_y) if weight is None else weight.to(z.dtype)[y.squeeze(-1)]
+    w = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
+    w_y = w.gather(-1, y).squeeze(-1)
     ce = w_y * log1p_odds
     if label_smoothing > 0:
-        w = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
         # lse - z_j over all classes: +inf where a class is masked, as in PyTorch
         smooth = torch.where(is_label, 0.0, w * (lse_less_m.unsqueeze(-1) - x)).sum(-1) + w_y * log1p_odds
         ce = (1 - label_smoothing) * ce + label_smoothing / z.shape[-1] * smooth
