@@ -1,7 +1,7 @@
 """fastsoftloss: fused robust classification loss. ``from fastsoftloss import Loss`` in place of ``CrossEntropyLoss``."""
 
+from fastsoftloss._version import __version__
 from fastsoftloss.functional import LossComponents
 from fastsoftloss.loss import Loss
 
-__version__ = "0.1.0"
-__all__ = ["Loss", "LossComponents"]
+__all__ = ["Loss", "LossComponents", "__version__"]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsoftloss import backends, ops, reference
 
@@ -25,18 +26,28 @@ class LossComponents(NamedTuple):
     diversity: Tensor
 
 
-def check_options(reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float) -> None:
-    """Raise ValueError for an option that has no meaning."""
+def options_of(
+    ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
+) -> ops.Options:
+    """The operators' scalar arguments. Raises ValueError for an option that has no meaning."""
     if reduction not in _REDUCTION_INDEX:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, ops.REDUCTIONS))}, got {reduction!r}")
     if diversity not in _DIVERSITY_INDEX:
         raise ValueError(f"diversity must be None or one of {', '.join(map(repr, ops.DIVERSITIES[1:]))}, got {diversity!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}")
-    if not math.isfinite(diversity_weight):
+    if not abs(diversity_weight) < math.inf:
         raise ValueError(f"diversity_weight must be finite, got {diversity_weight!r}")
-    if not math.isfinite(z_loss):
+    if not abs(z_loss) < math.inf:
         raise ValueError(f"z_loss must be finite, got {z_loss!r}")
+    return ops.Options(
+        ignore_index,
+        _REDUCTION_INDEX[reduction],
+        float(label_smoothing),
+        _DIVERSITY_INDEX[diversity],
+        float(diversity_weight),
+        float(z_loss),
+    )
 
 
 def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
@@ -164,24 +175,37 @@ def cross_entropy(
         IndexError: a target outside ``[0, K)`` that is not ``ignore_index`` (CPU tensors; on a GPU its row's loss is NaN).
         RuntimeError: a backend that is not available here.
     """
-    check_options(reduction, label_smoothing, diversity, diversity_weight, z_loss)
+    options = options_of(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
     if target.dtype is torch.uint8:  # PyTorch takes it too
         target = target.long()
     _check_tensors(logits, target, weight, sample_weight)
     operators = backends.choose(backend, logits.device)
-    by_row_weight = sample_weight is not None and sample_weight.requires_grad or weight is not None and weight.requires_grad
-    if operators is None or by_row_weight:  # the kernels have no gradient for the weights
-        return _by_reference(
-            logits, target, weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss, sample_weight, return_components
+    # the kernels have no gradient for the weights, and function transforms trace plain operators
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    learned = (weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad)
+    if operators is None or transformed or learned:
+        traced = transformed or torch.compiler.is_compiling()
+        if logits.device.type == "cpu" and not traced:
+            _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
+        components = LossComponents(
+            *reference.cross_entropy(
+                logits,
+                target,
+                weight,
+                ignore_index,
+                reduction,
+                label_smoothing,
+                diversity=diversity,
+                diversity_weight=diversity_weight,
+                z_loss=z_loss,
+                sample_weight=sample_weight,
+            )
         )
-    dtype = reference.accumulation_dtype(logits.dtype)
+        return components if return_components else components.loss
     if weight is not None:
-        weight = weight.to(dtype).contiguous()
+        weight = weight.to(reference.accumulation_dtype(logits.dtype)).contiguous()
     if sample_weight is not None:
-        sample_weight = sample_weight.to(dtype)
-    options = ops.Options(
-        ignore_index, _REDUCTION_INDEX[reduction], label_smoothing, _DIVERSITY_INDEX[diversity], diversity_weight, z_loss
-    )
+        sample_weight = sample_weight.to(reference.accumulation_dtype(logits.dtype))
     try:
         loss, parts = ops.cross_entropy(operators, logits, target, weight, sample_weight, options, return_components)
     except RuntimeError:
@@ -189,36 +213,3 @@ def cross_entropy(
         _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
         raise
     return loss if parts is None else LossComponents(loss, parts[0], parts[1])
-
-
-def _by_reference(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    diversity: str | None,
-    diversity_weight: float,
-    z_loss: float,
-    sample_weight: Tensor | None,
-    return_components: bool,
-) -> Tensor | LossComponents:
-    traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-    if logits.device.type == "cpu" and not traced:
-        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
-    result = LossComponents(
-        *reference.cross_entropy(
-            logits,
-            target,
-            weight,
-            ignore_index,
-            reduction,
-            label_smoothing,
-            diversity=diversity,
-            diversity_weight=diversity_weight,
-            z_loss=z_loss,
-            sample_weight=sample_weight,
-        )
-    )
-    return result if return_components else result.loss

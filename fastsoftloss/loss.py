@@ -32,7 +32,7 @@ class Loss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        functional.check_options(reduction, label_smoothing, diversity, diversity_weight, z_loss)
+        functional.options_of(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction

@@ -1,0 +1,421 @@
+// reduce and spread over a row, and over a tile of rows whose lanes are rows. Compiled once for each instruction set.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fastsoftloss {
+namespace FSL_ISA {
+namespace {
+
+// A loop over logits: one copy of it in the object code.
+#define FSL_LOOP __attribute__((noinline))
+// Unrolling these gains nothing and triples the time to compile.
+#define FSL_ROLLED _Pragma("GCC unroll 1")
+
+constexpr int kBlock = 64;
+
+template <class T>
+FSL_FN bool holds(Storage s) {
+  return s == (sizeof(T) == 8 ? Storage::float64 : Storage::float32);
+}
+
+// A row with class stride 1 as blocks of 64 lanes. The true class and the padding read as -inf, which is what a class
+// that is not there looks like: no loop below knows of either. The two blocks that hold them are copies.
+template <class T>
+struct RowBlocks {
+  const char* logits;
+  Storage storage;
+  int64_t classes, count, label_block, tail_block;
+  T label_copy[kBlock], tail_copy[kBlock];
+
+  FSL_LOOP RowBlocks(const Job<T>& job, const Row<T>& row)
+      : logits(row.logits), storage(job.storage), classes(job.classes), count((classes + kBlock - 1) / kBlock) {
+    label_block = row.label / kBlock;
+    tail_block = classes % kBlock ? count - 1 : -1;
+    copy(label_block, label_copy);
+    label_copy[row.label % kBlock] = -Limits<T>::infinity();
+    if (tail_block >= 0 && tail_block != label_block) copy(tail_block, tail_copy);
+  }
+  FSL_FN int64_t size(int64_t b) const { return b == tail_block ? classes % kBlock : kBlock; }
+  FSL_FN bool direct(int64_t b) const { return holds<T>(storage) && b != label_block && b != tail_block; }
+  FSL_FN const T* at(int64_t b, T* buffer) const {
+    if (b == label_block) return label_copy;
+    if (b == tail_block) return tail_copy;
+    if (holds<T>(storage)) return reinterpret_cast<const T*>(logits) + b * kBlock;
+    load_contiguous(logits + b * kBlock * bytes_of(storage), storage, kBlock, buffer);
+    return buffer;
+  }
+  FSL_FN const T* weights_at(const T* weight, int64_t b, T* buffer) const {
+    if (b != tail_block) return weight + b * kBlock;
+    for (int i = 0; i < kBlock; ++i) buffer[i] = i < size(b) ? weight[b * kBlock + i] : T(0);
+    return buffer;
+  }
+
+ private:
+  FSL_FN void copy(int64_t b, T* to) const {
+    load_contiguous(logits + b * kBlock * bytes_of(storage), storage, size(b), to);
+    for (int64_t i = size(b); i < kBlock; ++i) to[i] = -Limits<T>::infinity();
+  }
+};
+
+// What both loops over logits accumulate: lanes of one row, or one lane a row.
+template <class T, unsigned Needs>
+struct Accumulator {
+  using V = Vec<T>;
+  V m{-Limits<T>::infinity()}, n{0}, total{0};  // first look
+  V shift, s1{0}, s2{0}, sx{0}, sd{0}, sdd{0}, sw{0}, swx{0};
+
+  FSL_FN void look(V z) {
+    const auto there = z > V(-Limits<T>::infinity());
+    m = max(m, z);
+    n = n + select(there, V(1), V(0));
+    if (Needs & kLogits) total = total + select(there, z, V(0));
+  }
+  // x = z - m; w: class weights. Returns e.
+  FSL_FN V add(V z, V at, V w) {
+    const V x = z - at, low = bounded(x), e = exp_bounded(low);
+    const auto there = z > V(-Limits<T>::infinity());
+    s1 = s1 + e;
+    if (Needs & kSquares) s2 = s2 + e * e;
+    if (Needs & kEntropy) sx = sx + e * low;
+    if (Needs & kLogits) {
+      const V d = select(there, x - shift, V(0));
+      sd = sd + d;
+      sdd = sdd + d * d;
+    }
+    if (Needs & kWeighted) {
+      sw = sw + select(there, w, V(0));
+      swx = swx + select(there, w * x, V(0));
+    }
+    return e;
+  }
+};
+
+// The moments of one row, once its lanes are joined, or of one row a lane.
+template <unsigned Needs, class T, class U, class F>
+FSL_FN RowMoments<U> moments(const Accumulator<T, Needs>& acc, U n, U m, U shift, F join) {
+  RowMoments<U> r;
+  r.n = n, r.m = m, r.s1 = join(acc.s1);
+  if (Needs & kSquares) r.s2 = join(acc.s2);
+  if (Needs & kEntropy) r.sx = join(acc.sx);
+  if (Needs & kLogits) {  // corrected two-pass: the squares were taken about `shift`, the mean up to rounding
+    const U sd = join(acc.sd), off = sd / max(n, U(1));
+    r.mean = select(n > U(0), shift + off, U(0));
+    r.m2 = max(join(acc.sdd) - sd * off, U(0));
+  }
+  if (Needs & kWeighted) r.sw = join(acc.sw), r.swx = join(acc.swx);
+  return r;
+}
+
+// reduce: blocks [from, to) of a row; exps, where given, keeps their e for spread.
+template <class T, unsigned Needs>
+FSL_LOOP RowMoments<T> reduce(const RowBlocks<T>& row, const T* weight, int64_t from, int64_t to, T* exps) {
+  using V = Vec<T>;
+  T buffer[kBlock], weight_buffer[kBlock];
+  Accumulator<T, Needs> acc;
+  for (int64_t b = from; b < to; ++b) {
+    const T* z = row.at(b, buffer);
+    FSL_ROLLED for (int i = 0; i < kBlock; i += V::kLanes) acc.look(V::load(z + i));
+  }
+  const T n = sum(acc.n), m = maximum(acc.m);
+  const T at = m == -Limits<T>::infinity() ? T(0) : m;  // no class at all: -inf - -inf must not appear
+  const T shift = Needs & kLogits ? sum(acc.total) / max(n, T(1)) - at : T(0);
+  acc.shift = V(shift);
+  for (int64_t b = from; b < to; ++b) {
+    const T* z = row.at(b, buffer);
+    const T* w = Needs & kWeighted ? row.weights_at(weight, b, weight_buffer) : z;
+    FSL_ROLLED for (int i = 0; i < kBlock; i += V::kLanes) {
+      const V e = acc.add(V::load(z + i), V(at), V::load(w + i));
+      if (exps) e.store(exps + (b - from) * kBlock + i);
+    }
+  }
+  return moments<Needs>(acc, n, m, shift, [](V lanes) { return sum(lanes); });
+}
+
+// One gradient element for each lane, save the true class's.
+template <unsigned Needs, class V>
+FSL_FN V slope(const RowGradient<V>& g, V z, V x, V e, V w) {
+  V factor = g.a;
+  if (Needs & kSquares) factor = factor + g.b * e;
+  if (Needs & kEntropy) factor = factor + g.t * bounded(x);
+  V dz = e * factor;
+  if (Needs & kLogits) dz = dz + (g.e0 + g.e1 * x);
+  dz = select(z == V(-Limits<V>::infinity()), g.masked, dz);
+  if (Needs & kWeighted) dz = dz + g.ew * w;
+  return dz;
+}
+
+template <class T>
+FSL_FN RowGradient<Vec<T>> broadcast(const RowGradient<T>& g) {
+  using V = Vec<T>;
+  return {V(g.a), V(g.b), V(g.t), V(g.e0), V(g.e1), V(g.ew), V(g.masked), V(g.label)};
+}
+
+// spread: blocks [from, to) of a row. exps: the e that reduce kept, relative to `exps_m`, or null.
+template <class T, unsigned Needs>
+FSL_LOOP void spread(const RowBlocks<T>& row, const T* weight, int64_t from, int64_t to, RowGradient<T> g, T m, const T* exps, T exps_m,
+                     char* gradient) {
+  using V = Vec<T>;
+  T buffer[kBlock], weight_buffer[kBlock], out_buffer[kBlock];
+  if (exps && exps_m != m) {
+    const T f = exps_m == -Limits<T>::infinity() ? T(0) : exp(exps_m - m);
+    g.a *= f, g.b *= f * f, g.t *= f;
+  }
+  const RowGradient<V> lanes = broadcast(g);
+  const V at(m);
+  for (int64_t b = from; b < to; ++b) {
+    const T* z = row.at(b, buffer);
+    const T* w = Needs & kWeighted ? row.weights_at(weight, b, weight_buffer) : z;
+    char* to_memory = gradient + b * kBlock * bytes_of(row.storage);
+    T* out = row.direct(b) ? reinterpret_cast<T*>(to_memory) : out_buffer;
+    FSL_ROLLED for (int i = 0; i < kBlock; i += V::kLanes) {
+      const V zi = V::load(z + i), x = zi - at;
+      const V e = exps ? V::load(exps + (b - from) * kBlock + i) : exp(x);
+      slope<Needs>(lanes, zi, x, e, V::load(w + i)).store(out + i);
+    }
+    if (!row.direct(b)) store_contiguous(out, row.storage, row.size(b), to_memory);
+  }
+}
+
+template <class T>
+FSL_FN void record(const Job<T>& job, int64_t r, const RowLoss<T>& loss, LossSums<T>* sums) {
+  const T values[3] = {loss.loss, loss.cross_entropy, loss.diversity};
+  for (int i = 0; i < 3; ++i) {
+    if (job.row_losses[i]) job.row_losses[i][r] = values[i];
+    sums->of[i] += values[i];
+  }
+}
+
+template <class T>
+FSL_FN RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments) {
+  const T z_y = load_one<T>(row.logits + row.label * job.logits_step, job.storage);
+  return finish(moments, z_y, row.class_weight, row.row_weight, row.scale, job.options);
+}
+
+template <class T>
+FSL_FN void ignore(const Job<T>& job, const Row<T>& row, int64_t r) {
+  for (T* losses : job.row_losses)
+    if (losses) losses[r] = 0;
+  if (job.gradient) memset(row.gradient, 0, job.classes * bytes_of(job.storage));
+}
+
+template <class T>
+FSL_FN int64_t min_of(T a, T b) {
+  return a < b ? a : b;
+}
+
+// A row at a time, its exps kept on the stack.
+template <class T, unsigned Needs>
+void one_row(const Job<T>& job, int64_t r, T* exps, LossSums<T>* sums) {
+  const Row<T> row = locate(job, r);
+  if (row.label < 0) return ignore(job, row, r);
+  const RowBlocks<T> blocks(job, row);
+  const int64_t count = blocks.count, step = kPart / kBlock;
+  T part_m[(kRowLimit<T> + kPart - 1) / kPart];
+  RowMoments<T> whole;
+  for (int64_t b = 0, p = 0; b < count; b += step, ++p) {
+    const auto part = reduce<T, Needs>(blocks, job.class_weight, b, min_of(b + step, count), job.gradient ? exps + b * kBlock : nullptr);
+    part_m[p] = part.m;
+    whole = p ? merge<Needs>(whole, part) : part;
+  }
+  const RowLoss<T> loss = finish_at(job, row, whole);
+  record(job, r, loss, sums);
+  if (!job.gradient) return;
+  for (int64_t b = 0, p = 0; b < count; b += step, ++p)
+    spread<T, Needs>(blocks, job.class_weight, b, min_of(b + step, count), loss.gradient, whole.m, exps + b * kBlock, part_m[p],
+                     row.gradient);
+  store_one(loss.gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
+}
+
+// As many rows as there are lanes, a class at a time: for few classes, and for any class stride.
+template <class T>
+struct Tile {
+  using V = Vec<T>;
+  static constexpr int kLanes = V::kLanes;
+  const Job<T>& job;
+  Row<T> row[kLanes];
+  int valid;
+  bool logits_run, gradient_run;  // the lanes lie side by side in memory
+
+  FSL_FN Tile(const Job<T>& job, int64_t begin, int64_t end) : job(job), valid(int(end - begin)) {
+    for (int lane = 0; lane < kLanes; ++lane) row[lane] = lane < valid ? locate(job, begin + lane) : row[0];
+    const int64_t bytes = bytes_of(job.storage);
+    logits_run = gradient_run = valid == kLanes;
+    for (int lane = 1; lane < valid; ++lane) {
+      logits_run &= row[lane].logits == row[0].logits + lane * bytes;
+      gradient_run &= row[lane].gradient == row[0].gradient + lane * bytes;
+    }
+  }
+  // Classes [k, k + count) into z, a vector each; the true class reads as -inf.
+  FSL_LOOP void load(int64_t k, int count, T (*z)[kLanes]) const {
+    const int64_t bytes = bytes_of(job.storage);
+    if (logits_run) {
+      for (int i = 0; i < count; ++i) load_contiguous(row[0].logits + (k + i) * job.logits_step, job.storage, kLanes, z[i]);
+    } else if (job.logits_step == bytes) {
+      T buffer[kTileClasses];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T* line = reinterpret_cast<const T*>(row[lane].logits) + k;
+        if (!holds<T>(job.storage)) load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer), line = buffer;
+        for (int i = 0; i < count; ++i) z[i][lane] = line[i];
+      }
+    } else {
+      for (int i = 0; i < count; ++i)
+        for (int lane = 0; lane < kLanes; ++lane) z[i][lane] = load_one<T>(row[lane].logits + (k + i) * job.logits_step, job.storage);
+    }
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (row[lane].label >= k && row[lane].label < k + count) z[row[lane].label - k][lane] = -Limits<T>::infinity();
+  }
+  FSL_LOOP void store(int64_t k, int count, const T (*dz)[kLanes]) const {
+    const int64_t bytes = bytes_of(job.storage);
+    if (gradient_run) {
+      for (int i = 0; i < count; ++i) store_contiguous(dz[i], job.storage, kLanes, row[0].gradient + (k + i) * job.gradient_step);
+    } else if (job.gradient_step == bytes) {
+      T buffer[kTileClasses];
+      for (int lane = 0; lane < valid; ++lane) {
+        T* line = holds<T>(job.storage) ? reinterpret_cast<T*>(row[lane].gradient) + k : buffer;
+        for (int i = 0; i < count; ++i) line[i] = dz[i][lane];
+        if (line == buffer) store_contiguous(line, job.storage, count, row[lane].gradient + k * bytes);
+      }
+    } else {
+      for (int i = 0; i < count; ++i)
+        for (int lane = 0; lane < valid; ++lane) store_one(dz[i][lane], job.storage, row[lane].gradient + (k + i) * job.gradient_step);
+    }
+  }
+};
+
+template <class T, unsigned Needs>
+FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, int count, const T (*z)[Vec<T>::kLanes], T (*exps)[Vec<T>::kLanes]) {
+  using V = Vec<T>;
+  Accumulator<T, Needs> acc;
+  for (int i = 0; i < count; ++i) acc.look(V::load(z[i]));
+  const V at = select(acc.m == V(-Limits<T>::infinity()), V(0), acc.m);
+  acc.shift = Needs & kLogits ? acc.total / max(acc.n, V(1)) - at : V(0);
+  for (int i = 0; i < count; ++i) acc.add(V::load(z[i]), at, V(Needs & kWeighted ? weight[i] : T(0))).store(exps[i]);
+  return moments<Needs>(acc, acc.n, acc.m, acc.shift, [](V lanes) { return lanes; });
+}
+
+template <class T, unsigned Needs>
+void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  const Tile<T> tile(job, begin, end);
+  alignas(64) T z[kTileClasses][kLanes], exps[kTileClasses][kLanes];
+  const bool one_look = job.classes <= kTileClasses;
+  RowMoments<V> whole;
+  for (int64_t k = 0; k < job.classes; k += kTileClasses) {
+    const int count = int(min_of(job.classes - k, kTileClasses));
+    tile.load(k, count, z);
+    const auto part = reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, count, z, exps);
+    whole = k ? merge<Needs>(whole, part) : part;
+  }
+
+  alignas(64) T z_y[kLanes], class_weight[kLanes], row_weight[kLanes], scale[kLanes], losses[3][kLanes];
+  T counted[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Row<T>& row = tile.row[lane];
+    counted[lane] = row.label >= 0 ? T(1) : T(0);
+    z_y[lane] = row.label >= 0 ? load_one<T>(row.logits + row.label * job.logits_step, job.storage) : T(0);
+    class_weight[lane] = row.class_weight, row_weight[lane] = row.row_weight, scale[lane] = row.scale;
+  }
+  const RowLoss<V> loss = finish(whole, V::load(z_y), V::load(class_weight), V::load(row_weight), V::load(scale), job.options);
+  const auto counts = V::load(counted) > V(0);
+  select(counts, loss.loss, V(0)).store(losses[0]);
+  select(counts, loss.cross_entropy, V(0)).store(losses[1]);
+  select(counts, loss.diversity, V(0)).store(losses[2]);
+  for (int i = 0; i < 3; ++i)
+    for (int lane = 0; lane < tile.valid; ++lane) {
+      if (job.row_losses[i]) job.row_losses[i][begin + lane] = losses[i][lane];
+      sums->of[i] += losses[i][lane];
+    }
+  if (!job.gradient) return;
+
+  alignas(64) T label_gradient[kLanes];
+  select(counts, loss.gradient.label, V(0)).store(label_gradient);
+  for (int64_t k = 0; k < job.classes; k += kTileClasses) {
+    const int count = int(min_of(job.classes - k, kTileClasses));
+    if (!one_look) tile.load(k, count, z);
+    for (int i = 0; i < count; ++i) {
+      const V zi = V::load(z[i]), x = zi - whole.m, e = one_look ? V::load(exps[i]) : exp(x);
+      const V w(Needs & kWeighted ? job.class_weight[k + i] : T(0));
+      select(counts, slope<Needs>(loss.gradient, zi, x, e, w), V(0)).store(z[i]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t y = tile.row[lane].label;
+      if (y >= k && y < k + count) z[y - k][lane] = label_gradient[lane];
+    }
+    tile.store(k, count, z);
+  }
+}
+
+template <class T, unsigned Needs>
+void rows(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) {
+  if (by_row(job)) {
+    alignas(64) T exps[kRowLimit<T> + kBlock];
+    for (int64_t r = begin; r < end; ++r) one_row<T, Needs>(job, r, exps, sums);
+  } else {
+    for (int64_t r = begin; r < end; r += Vec<T>::kLanes) one_tile<T, Needs>(job, r, min_of(r + Vec<T>::kLanes, end), sums);
+  }
+}
+
+template <class T, unsigned Needs>
+void reduce_part(const Job<T>& job, int64_t r, int64_t part, RowMoments<T>* moments) {
+  const Row<T> row = locate(job, r);
+  if (row.label < 0) return;
+  const RowBlocks<T> blocks(job, row);
+  const int64_t from = part * (kPart / kBlock);
+  *moments = reduce<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, blocks.count), nullptr);
+}
+
+template <class T, unsigned Needs>
+void finish_row(const Job<T>& job, int64_t r, RowMoments<T>* parts, RowGradient<T>* gradient, LossSums<T>* sums) {
+  const Row<T> row = locate(job, r);
+  if (row.label < 0) return ignore(job, row, r);
+  const int64_t count = (job.classes + kPart - 1) / kPart;
+  for (int64_t width = 1; width < count; width *= 2)  // pairwise: a million classes add up in eight roundings, not 245
+    for (int64_t p = 0; p + width < count; p += 2 * width) parts[p] = merge<Needs>(parts[p], parts[p + width]);
+  const RowLoss<T> loss = finish_at(job, row, parts[0]);
+  record(job, r, loss, sums);
+  *gradient = loss.gradient;
+}
+
+template <class T, unsigned Needs>
+void spread_part(const Job<T>& job, int64_t r, int64_t part, T m, const RowGradient<T>& gradient) {
+  const Row<T> row = locate(job, r);
+  if (row.label < 0) return;
+  const RowBlocks<T> blocks(job, row);
+  const int64_t from = part * (kPart / kBlock);
+  spread<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, blocks.count), gradient, m, nullptr, m, row.gradient);
+  if (row.label / kPart == part) store_one(gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
+}
+
+template <class T, unsigned Needs>
+constexpr Kernels<T> kKernels = {rows<T, Needs>, reduce_part<T, Needs>, finish_row<T, Needs>, spread_part<T, Needs>};
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels(unsigned needs) {
+  switch (needs) {
+    case kBase:
+      return kKernels<float, kBase>;
+    case kLogits:
+      return kKernels<float, kLogits>;
+    case kSquares:
+      return kKernels<float, kSquares>;
+    case kEntropy:
+      return kKernels<float, kEntropy>;
+    case kAllMoments & ~kWeighted:
+      return kKernels<float, kAllMoments & ~kWeighted>;
+    default:
+      return kKernels<float, kAllMoments>;
+  }
+}
+
+template <>
+const Kernels<double>& kernels(unsigned needs) {
+  return needs & kWeighted ? kKernels<double, kAllMoments> : kKernels<double, kAllMoments & ~kWeighted>;
+}
+
+}  // namespace FSL_ISA
+}  // namespace fastsoftloss

@@ -1,0 +1,273 @@
+// The CPU kernels as implementations of the operators that fastsoftloss/ops.py defines. Besides ops_cuda.cpp the only
+// file that knows torch, and it knows its stable ABI alone: one build serves every torch from 2.10 on.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/cross_entropy.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+enum Reduction : int64_t { kNone, kMean, kSum };
+
+constexpr int64_t kMaxDims = 64;  // of a tensor: torch's own limit
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
+
+fastsoftloss::Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return fastsoftloss::Storage::float32;
+    case ScalarType::Double:
+      return fastsoftloss::Storage::float64;
+    case ScalarType::BFloat16:
+      return fastsoftloss::Storage::bfloat16;
+    case ScalarType::Half:
+      return fastsoftloss::Storage::float16;
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// Contiguous and uninitialised; the C shim takes a fraction of the time of a call through the dispatcher by name.
+Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+  int64_t strides[kMaxDims];
+  int64_t step = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), cpu, 0, &handle));
+  return Tensor(handle);
+}
+
+// Fresh memory of many megabytes costs more in page faults than the kernel costs: ask for large pages.
+Tensor empty_gradient(const Tensor& logits) {
+  Tensor out =
+      logits.is_contiguous() ? empty(logits.sizes().data(), logits.dim(), logits.scalar_type()) : torch::stable::empty_like(logits);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const int64_t bytes = out.numel() * int64_t(out.element_size());
+  if (bytes >= int64_t(2 * kPage)) {
+    const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: it may fail
+  }
+#endif
+  return out;
+}
+
+// One operand over the row dimensions, in elements.
+struct Operand {
+  const int64_t* strides = nullptr;
+  int64_t skip = -1;  // the class dimension, where there is one
+  int64_t bytes = 0;
+  fastsoftloss::Strides* out = nullptr;
+
+  int64_t stride(int64_t d) const { return strides[skip >= 0 && d >= skip ? d + 1 : d] * bytes; }
+};
+
+// Row dimensions that all operands walk alike are one dimension.
+template <class T>
+void set_rows(fastsoftloss::Job<T>& job, const Tensor& target, const Operand* operands, int count) {
+  const auto sizes = target.sizes();
+  job.rows = target.numel();
+  int dims = 0;
+  for (int64_t d = 0; d < target.dim(); ++d) {
+    if (sizes[d] == 1) continue;
+    bool joins = dims > 0;
+    for (int i = 0; i < count; ++i) joins = joins && operands[i].out->of[dims - 1] == operands[i].stride(d) * sizes[d];
+    if (!joins) {
+      STD_TORCH_CHECK(dims < fastsoftloss::kMaxRowDims, "logits have more than ", fastsoftloss::kMaxRowDims,
+                      " dimensions that cannot be joined");
+      job.row_size[dims++] = 1;
+    }
+    job.row_size[dims - 1] *= sizes[d];
+    for (int i = 0; i < count; ++i) operands[i].out->of[dims - 1] = operands[i].stride(d);
+  }
+  job.row_dims = dims;
+}
+
+struct Inputs {
+  const Tensor& logits;
+  const Tensor& target;
+  const OptionalTensor& weight;
+  const OptionalTensor& sample_weight;
+  int64_t ignore_index, reduction;
+  double label_smoothing;
+  int64_t diversity;
+  double diversity_weight, z_loss;
+};
+
+// What functional.py explains, this refuses: nothing below may read where it should not.
+void check(const Inputs& in, const Tensor* upstream) {
+  const int64_t dims = in.logits.dim(), class_dim = dims > 1 ? 1 : 0;
+  bool fits = dims > 0 && in.target.dim() == dims - 1;
+  for (int64_t d = 0; fits && d < dims - 1; ++d) fits = in.target.size(d) == in.logits.size(d < class_dim ? d : d + 1);
+  STD_TORCH_CHECK(fits, "target must have the shape of logits without the class dimension");
+  const ScalarType index = in.target.scalar_type();
+  STD_TORCH_CHECK(index == ScalarType::Long || index == ScalarType::Int, "target must be int64 or int32");
+  const ScalarType type = in.logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto like_rows = [&](const Tensor& t) {
+    bool same = t.dim() == dims - 1 && t.scalar_type() == type && t.is_cpu();
+    for (int64_t d = 0; same && d < dims - 1; ++d) same = t.size(d) == in.target.size(d);
+    return same;
+  };
+  STD_TORCH_CHECK(in.logits.is_cpu() && in.target.is_cpu(), "logits and target must be on the CPU");
+  if (in.weight)
+    STD_TORCH_CHECK(in.weight->dim() == 1 && in.weight->size(0) == in.logits.size(class_dim) && in.weight->scalar_type() == type &&
+                        in.weight->is_contiguous() && in.weight->is_cpu(),
+                    "weight must hold one contiguous value for each class, in the dtype of the arithmetic");
+  if (in.sample_weight)
+    STD_TORCH_CHECK(like_rows(*in.sample_weight), "sample_weight must have the shape of target and the dtype of the arithmetic");
+  if (upstream)
+    STD_TORCH_CHECK(
+        in.reduction == kNone ? like_rows(*upstream) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
+        "the upstream gradient must have the shape and the dtype of the loss");
+  STD_TORCH_CHECK(in.reduction >= kNone && in.reduction <= kSum, "reduction must be 0, 1 or 2");
+  STD_TORCH_CHECK(in.diversity >= 0 && in.diversity <= int64_t(fastsoftloss::Diversity::variance), "diversity must be from 0 to 5");
+}
+
+// The job that the arguments describe, with its targets found good, and what the sums are divided by.
+// gradient: where to write it, or null.
+template <class T>
+fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Tensor* upstream, double* divisor) {
+  check(in, upstream);
+  fastsoftloss::Job<T> job;
+  const int64_t class_dim = in.logits.dim() > 1 ? 1 : 0;
+  job.classes = in.logits.size(class_dim);
+  job.storage = storage_of(in.logits.scalar_type());
+  const int64_t bytes = fastsoftloss::bytes_of(job.storage);
+  job.logits = static_cast<const char*>(in.logits.const_data_ptr());
+  job.logits_step = in.logits.stride(class_dim) * bytes;
+  job.target = static_cast<const char*>(in.target.const_data_ptr());
+  job.wide_target = in.target.scalar_type() == ScalarType::Long;
+  job.ignore_index = in.ignore_index;
+
+  Operand operands[5];
+  int count = 0;
+  operands[count++] = {in.logits.strides().data(), class_dim, bytes, &job.logits_rows};
+  operands[count++] = {in.target.strides().data(), -1, job.wide_target ? 8 : 4, &job.target_rows};
+  if (gradient) {
+    job.gradient = static_cast<char*>(gradient->mutable_data_ptr());
+    job.gradient_step = gradient->stride(class_dim) * bytes;
+    operands[count++] = {gradient->strides().data(), class_dim, bytes, &job.gradient_rows};
+  }
+  if (in.weight) job.class_weight = static_cast<const T*>(in.weight->const_data_ptr());
+  if (in.sample_weight) {
+    job.sample_weight = static_cast<const char*>(in.sample_weight->const_data_ptr());
+    operands[count++] = {in.sample_weight->strides().data(), -1, sizeof(T), &job.sample_weight_rows};
+  }
+  if (upstream && upstream->dim() > 0) {
+    job.upstream = static_cast<const char*>(upstream->const_data_ptr());
+    operands[count++] = {upstream->strides().data(), -1, sizeof(T), &job.upstream_rows};
+  }
+  set_rows(job, in.target, operands, count);
+
+  auto& o = job.options;
+  o.diversity = static_cast<fastsoftloss::Diversity>(in.diversity);
+  o.diversity_weight = in.diversity_weight;
+  o.label_smoothing = in.label_smoothing;
+  o.z_loss = in.z_loss;
+  o.classes = double(job.classes);
+  o.class_weights = job.class_weight != nullptr;
+  o.class_weight_sum = o.classes;
+  if (o.class_weights && o.label_smoothing != 0) {
+    o.class_weight_sum = 0;
+    for (int64_t k = 0; k < job.classes; ++k) o.class_weight_sum += job.class_weight[k];
+  }
+
+  const auto scan = fastsoftloss::scan_targets(job, parallel_for);
+  STD_TORCH_CHECK(scan.outside < 0, "target of row ", scan.outside, " is outside [0, ", job.classes, ") and is not ignore_index");
+  *divisor = in.reduction == kMean ? scan.weight : 1;  // 0 where no row counts: 0 / 0 is NaN, as PyTorch has it
+  double scale = 1 / *divisor;
+  if (upstream && upstream->dim() == 0) scale *= double(*static_cast<const T*>(upstream->const_data_ptr()));
+  job.scale = T(scale);
+  return job;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Outputs forward(const Inputs& in, bool parts, bool gradient) {
+  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  int64_t shape[kMaxDims] = {2}, dims = 0;  // of the parts; without the 2, of the loss
+  if (in.reduction == kNone)
+    for (; dims < in.target.dim(); ++dims) shape[dims + 1] = in.target.size(dims);
+  const int64_t nothing = 0;
+  Tensor loss = empty(shape + 1, dims, type);
+  Tensor components = parts ? empty(shape, dims + 1, type) : empty(&nothing, 1, type);
+  Tensor dlogits = gradient ? empty_gradient(in.logits) : empty(&nothing, 1, in.logits.scalar_type());
+  Tensor moments = empty(&nothing, 1, type);  // the backward reads the logits anyway, and reduces them again
+
+  double divisor;
+  auto job = make_job<T>(in, gradient ? &dlogits : nullptr, nullptr, &divisor);
+  T* const loss_data = static_cast<T*>(loss.mutable_data_ptr());
+  T* const parts_data = parts ? static_cast<T*>(components.mutable_data_ptr()) : nullptr;
+  if (in.reduction == kNone) {
+    job.row_losses[0] = loss_data;
+    if (parts) job.row_losses[1] = parts_data, job.row_losses[2] = parts_data + job.rows;
+  }
+  const auto sums = fastsoftloss::run(job, parallel_for);
+  if (in.reduction != kNone) {
+    *loss_data = T(sums.of[0] / divisor);
+    if (parts) parts_data[0] = T(sums.of[1] / divisor), parts_data[1] = T(sums.of[2] / divisor);
+  }
+  return {loss, components, dlogits, moments};
+}
+
+Outputs cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                      int64_t ignore_index, int64_t reduction, double label_smoothing, int64_t diversity, double diversity_weight,
+                      double z_loss, bool parts, bool gradient) {
+  const Inputs in{logits, target, weight, sample_weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss};
+  return logits.scalar_type() == ScalarType::Double ? forward<double>(in, parts, gradient) : forward<float>(in, parts, gradient);
+}
+
+template <class T>
+Tensor backward(const Inputs& in, const Tensor& upstream) {
+  Tensor dlogits = empty_gradient(in.logits);
+  double divisor;
+  fastsoftloss::run(make_job<T>(in, &dlogits, &upstream, &divisor), parallel_for);
+  return dlogits;
+}
+
+Tensor cross_entropy_backward(const Tensor& upstream, const Tensor& /*moments*/, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const OptionalTensor& sample_weight, int64_t ignore_index, int64_t reduction,
+                              double label_smoothing, int64_t diversity, double diversity_weight, double z_loss) {
+  const Inputs in{logits, target, weight, sample_weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss};
+  return logits.scalar_type() == ScalarType::Double ? backward<double>(in, upstream) : backward<float>(in, upstream);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsoftloss, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastsoftloss::instruction_set()); }
+
+PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the kernels run in here."},
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+// Importing the module runs the registration above.
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,166 @@
+// finish: a row's moments and the options -> its loss, its parts, and the few scalars that its gradient is made of.
+//
+// Every feature of the loss lives here: a penalty is one case of the switch, with the moments it asks for beside it.
+// Source of the penalty: arXiv:2303.12363. No torch header: CPU, CUDA and the tests take this file alone.
+#pragma once
+
+#include "row_moments.h"
+
+namespace fastsoftloss {
+
+// The order of DIVERSITIES in fastsoftloss/ops.py.
+enum class Diversity : int { none, logit_variance, kl, reverse_kl, chi2, variance };
+
+struct LossOptions {
+  Diversity diversity = Diversity::none;
+  double diversity_weight = 0;
+  double label_smoothing = 0;
+  double z_loss = 0;
+  double classes = 0;           // K
+  double class_weight_sum = 0;  // over all K classes; K where there are no class weights
+  bool class_weights = false;
+};
+
+// dz_j = e_j (a + b e_j + t x_j) + e0 + e1 x_j + ew w_j for j in the complement, with e_j and x_j as in RowMoments;
+// the true class gets `label`, a class masked with -inf gets `masked` + ew w_j.
+template <class T>
+struct RowGradient {
+  T a = T(0), b = T(0), t = T(0), e0 = T(0), e1 = T(0), ew = T(0), masked = T(0), label = T(0);
+};
+
+template <class T>
+struct RowLoss {
+  T loss, cross_entropy, diversity;
+  RowGradient<T> gradient;
+};
+
+FSL_FN constexpr unsigned moments_of(Diversity d) {
+  return d == Diversity::logit_variance || d == Diversity::reverse_kl ? kLogits
+         : d == Diversity::kl                                         ? kEntropy
+         : d == Diversity::chi2 || d == Diversity::variance           ? kSquares
+                                                                      : kBase;
+}
+
+FSL_FN unsigned moments_of(const LossOptions& o) {
+  const unsigned smoothing = o.label_smoothing == 0 ? kBase : o.class_weights ? kWeighted : kLogits;
+  return moments_of(o.diversity) | smoothing;
+}
+
+// z_y: the true class's logit. class_weight: w_y. row_weight: the row's sample weight. scale: what the gradient is
+// multiplied by besides, the upstream gradient over the mean's divisor.
+template <class T>
+FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const LossOptions& o) {
+  const T zero(0), one(1);
+  const auto some = r.n > zero;
+  const T n = max(r.n, one), s1 = select(some, r.s1, one), inv_s1 = one / s1;
+
+  // The margin is delta = d + log s1. Its odds are taken as exp(d) s1, so that no logarithm is rounded on the way, the
+  // rounding of d is put back (two-sum), and exp(d/2) is applied twice, since s1 may lift what exp(d) would flush to 0.
+  const T d = r.m - z_y;
+  const T z_back = d - r.m, lost = (r.m - (d - z_back)) - (z_y + z_back);
+  const auto wrong = d > zero;
+  const T h = exp(abs(d) * T(-0.5));
+  const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost), zero);  // NaN where a logit is infinite
+  const T v = select(wrong, h * inv_s1, h * s1) * h * (one + tilt);                // odds, or their inverse if wrong
+  const T share = one / (one + v), log1p_v = log1p(v), log_s1 = log(s1);
+  const T s = select(wrong, share, v * share);                                   // 1 - p_y
+  const T p = select(wrong, v * share, share);                                   // p_y
+  const T ce_row = log1p_v + select(wrong, d + log_s1, zero);                    // softplus(delta)
+  const T lift = select(some, log1p_v + select(wrong, log_s1, zero - d), zero);  // lse - m
+
+  RowGradient<T> g;
+  T penalty(0);
+  if (o.diversity != Diversity::none) {
+    const T inv_n = one / n;
+    const T weight = select(r.n > one, T(o.diversity_weight), zero);  // one class has no spread
+    switch (o.diversity) {
+      case Diversity::logit_variance:
+        penalty = r.m2 * inv_n;
+        g.e1 = weight * inv_n * T(2);
+        g.e0 = zero - g.e1 * r.mean;
+        break;
+      case Diversity::kl: {
+        const T mean_x = r.sx * inv_s1;  // log q_j + H = x_j - mean_x
+        penalty = mean_x - log(s1 * inv_n);
+        g.t = weight * inv_s1;
+        g.a = zero - g.t * mean_x;
+        break;
+      }
+      case Diversity::reverse_kl:
+        penalty = log(s1 * inv_n) - r.mean;
+        g.a = weight * inv_s1;
+        g.e0 = zero - weight * inv_n;
+        break;
+      case Diversity::chi2: {
+        const T q2 = r.s2 * inv_s1 * inv_s1;
+        penalty = n * q2 - one;
+        g.a = zero - weight * T(2) * n * q2 * inv_s1;
+        g.b = weight * T(2) * n * inv_s1 * inv_s1;
+        break;
+      }
+      case Diversity::variance: {
+        const T q2 = r.s2 * inv_s1 * inv_s1, v_q = (q2 - inv_n) * inv_n;
+        penalty = s * s * v_q;
+        g.a = weight * T(2) * s * s * (p * v_q - q2 * inv_n) * inv_s1;
+        g.b = weight * T(2) * s * s * inv_n * inv_s1 * inv_s1;
+        g.label = zero - weight * T(2) * s * s * p * v_q;
+        break;
+      }
+      case Diversity::none:
+        break;
+    }
+    penalty = select(r.n > one, penalty, zero) * class_weight;
+    g.a = g.a * class_weight, g.b = g.b * class_weight, g.t = g.t * class_weight;
+    g.e0 = g.e0 * class_weight, g.e1 = g.e1 * class_weight, g.label = g.label * class_weight;
+  }
+
+  T ce = class_weight * ce_row, pull = class_weight;  // pull: what multiplies s q_j and -s
+  if (o.label_smoothing != 0) {
+    const T eps(o.label_smoothing), k(o.label_smoothing / o.classes);
+    const T keep = (one - eps) * class_weight;
+    const T others = o.class_weights ? r.sw * lift - r.swx : n * (lift - r.mean);     // sum over C of w_j (lse - z_j)
+    const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);  // -log 0, as PyTorch has it
+    ce = (one - eps) * ce + k * (select(some, others, zero) + masked + ce);
+    pull = keep + k * T(o.class_weight_sum);
+    // d/dz_y of the smooth part is k (W p_y - w_y), written with W p_y = W - W s
+    g.label = g.label + k * (T(o.class_weight_sum) * p - class_weight) - keep * s;
+    if (o.class_weights) {
+      g.ew = zero - k;
+    } else {
+      g.e0 = g.e0 - k;
+      g.masked = zero - k;
+    }
+  } else {
+    g.label = g.label - class_weight * s;
+  }
+
+  T loss = ce + T(o.diversity_weight) * penalty;
+  if (o.z_loss != 0) {
+    const T lse = select(some, r.m + lift, z_y);
+    const T slope = T(2 * o.z_loss) * class_weight * lse;
+    loss = loss + T(o.z_loss) * class_weight * lse * lse;
+    pull = pull + slope;
+    g.label = g.label + slope * p;
+  }
+  g.a = g.a + pull * s * inv_s1;
+
+  // NaN and +inf poison the whole row, as in PyTorch; +inf in the complement is NaN in s1 already
+  const auto bad = (ce_row != ce_row) | (z_y == T(Limits<T>::infinity()));
+  const T nan = select(bad, T(Limits<T>::quiet_NaN()), zero);
+  scale = scale * row_weight;
+  RowLoss<T> out;
+  out.loss = (loss + nan) * row_weight;
+  out.cross_entropy = (ce + nan) * row_weight;
+  out.diversity = (penalty + nan) * row_weight;
+  out.gradient.a = (g.a + nan) * scale;
+  out.gradient.b = g.b * scale;
+  out.gradient.t = g.t * scale;
+  out.gradient.e0 = (g.e0 + nan) * scale;
+  out.gradient.e1 = g.e1 * scale;
+  out.gradient.ew = g.ew * scale;
+  out.gradient.masked = (g.masked + nan) * scale;
+  out.gradient.label = (g.label + nan) * scale;
+  return out;
+}
+
+}  // namespace fastsoftloss
