@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def measure(net: nn.Module, x: Tensor, y: Tensor, rounds: int = 50, progress: bo
     whole: dict[str, list[float]] = {name: [] for name in ("nothing", *criteria)}
     alone: dict[str, list[float]] = {name: [] for name in criteria}
     for turn in tqdm(range(rounds + 3), "timing", leave=False, disable=not progress):
-        for name, times in whole.items():
+        for name in random.sample(list(whole), len(whole)):  # what ran before leaves its mark on the caches
             begin = _clock(x.device)
             optimizer.zero_grad(set_to_none=True)
             out = net(x)
@@ -57,7 +58,7 @@ def measure(net: nn.Module, x: Tensor, y: Tensor, rounds: int = 50, progress: bo
                 criteria[name](out, y).backward()
             optimizer.step()
             if turn >= 3:  # the first rounds warm up caches and allocators
-                times.append(_clock(x.device) - begin)
+                whole[name].append(_clock(x.device) - begin)
         for name, criterion in criteria.items():
             z = logits.clone().requires_grad_()
             begin = _clock(x.device)
