@@ -54,14 +54,15 @@ Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
   }
   static const int32_t cpu = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), cpu, 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), cpu, 0, &handle));
   return Tensor(handle);
 }
 
 // Fresh memory of many megabytes costs more in page faults than the kernel costs: ask for large pages.
 Tensor empty_gradient(const Tensor& logits) {
-  Tensor out = logits.is_contiguous() ? empty(logits.sizes().data(), logits.dim(), logits.scalar_type()) : torch::stable::empty_like(logits);
+  Tensor out =
+      logits.is_contiguous() ? empty(logits.sizes().data(), logits.dim(), logits.scalar_type()) : torch::stable::empty_like(logits);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   const int64_t bytes = out.numel() * int64_t(out.element_size());
@@ -95,7 +96,8 @@ void set_rows(fastsoftloss::Job<T>& job, const Tensor& target, const Operand* op
     bool joins = dims > 0;
     for (int i = 0; i < count; ++i) joins = joins && operands[i].out->of[dims - 1] == operands[i].stride(d) * sizes[d];
     if (!joins) {
-      STD_TORCH_CHECK(dims < fastsoftloss::kMaxRowDims, "logits have more than ", fastsoftloss::kMaxRowDims, " dimensions that cannot be joined");
+      STD_TORCH_CHECK(dims < fastsoftloss::kMaxRowDims, "logits have more than ", fastsoftloss::kMaxRowDims,
+                      " dimensions that cannot be joined");
       job.row_size[dims++] = 1;
     }
     job.row_size[dims - 1] *= sizes[d];
@@ -137,8 +139,9 @@ void check(const Inputs& in, const Tensor* upstream) {
   if (in.sample_weight)
     STD_TORCH_CHECK(like_rows(*in.sample_weight), "sample_weight must have the shape of target and the dtype of the arithmetic");
   if (upstream)
-    STD_TORCH_CHECK(in.reduction == kNone ? like_rows(*upstream) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
-                    "the upstream gradient must have the shape and the dtype of the loss");
+    STD_TORCH_CHECK(
+        in.reduction == kNone ? like_rows(*upstream) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
+        "the upstream gradient must have the shape and the dtype of the loss");
   STD_TORCH_CHECK(in.reduction >= kNone && in.reduction <= kSum, "reduction must be 0, 1 or 2");
   STD_TORCH_CHECK(in.diversity >= 0 && in.diversity <= int64_t(fastsoftloss::Diversity::variance), "diversity must be from 0 to 5");
 }

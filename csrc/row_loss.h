@@ -36,9 +36,9 @@ struct RowLoss {
 
 FSL_FN constexpr unsigned moments_of(Diversity d) {
   return d == Diversity::logit_variance || d == Diversity::reverse_kl ? kLogits
-         : d == Diversity::kl                                          ? kEntropy
-         : d == Diversity::chi2 || d == Diversity::variance            ? kSquares
-                                                                       : kBase;
+         : d == Diversity::kl                                         ? kEntropy
+         : d == Diversity::chi2 || d == Diversity::variance           ? kSquares
+                                                                      : kBase;
 }
 
 FSL_FN unsigned moments_of(const LossOptions& o) {
@@ -64,9 +64,9 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost), zero);  // NaN where a logit is infinite
   const T v = select(wrong, h * inv_s1, h * s1) * h * (one + tilt);                // odds, or their inverse if wrong
   const T share = one / (one + v), log1p_v = log1p(v), log_s1 = log(s1);
-  const T s = select(wrong, share, v * share);                // 1 - p_y
-  const T p = select(wrong, v * share, share);                // p_y
-  const T ce_row = log1p_v + select(wrong, d + log_s1, zero);  // softplus(delta)
+  const T s = select(wrong, share, v * share);                                   // 1 - p_y
+  const T p = select(wrong, v * share, share);                                   // p_y
+  const T ce_row = log1p_v + select(wrong, d + log_s1, zero);                    // softplus(delta)
   const T lift = select(some, log1p_v + select(wrong, log_s1, zero - d), zero);  // lse - m
 
   RowGradient<T> g;
@@ -119,7 +119,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   if (o.label_smoothing != 0) {
     const T eps(o.label_smoothing), k(o.label_smoothing / o.classes);
     const T keep = (one - eps) * class_weight;
-    const T others = o.class_weights ? r.sw * lift - r.swx : n * (lift - r.mean);  // sum over C of w_j (lse - z_j)
+    const T others = o.class_weights ? r.sw * lift - r.swx : n * (lift - r.mean);     // sum over C of w_j (lse - z_j)
     const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);  // -log 0, as PyTorch has it
     ce = (one - eps) * ce + k * (select(some, others, zero) + masked + ce);
     pull = keep + k * T(o.class_weight_sum);

@@ -4,5 +4,4 @@ from fastsoftloss._version import __version__
 from fastsoftloss.functional import LossComponents
 from fastsoftloss.loss import Loss
 
-
 __all__ = ["Loss", "LossComponents", "__version__"]

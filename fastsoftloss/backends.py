@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 
 import torch
 
@@ -14,24 +15,26 @@ _override = os.environ.get("FASTSOFTLOSS_BACKEND") or None
 
 _ready: dict[str, ops.Operators] = {}
 _missing: dict[str, str] = {}
+_detail: dict[str, str] = {}
+_warned: set[str] = set()
 
 
 def _load_cpu() -> None:
     operators = ops.define("cross_entropy")
     try:
-        importlib.import_module("fastsoftloss._C")
+        kernels = importlib.import_module("fastsoftloss._C")
     except ImportError as error:
         _missing["cpu"] = (
-            f"the C++ kernel is not built ({error}); install g++ and run "
-            "`pip install --force-reinstall --no-deps --no-build-isolation .` in the source tree"
+            f"the C++ kernel is not built ({error}); install g++, then reinstall with `pip install --force-reinstall --no-deps .`"
         )
     else:
         _ready["cpu"] = operators
+        _detail["cpu"] = f", {kernels.instruction_set()}"
 
 
 _load_cpu()
-_missing["cuda"] = "the C++/CUDA kernels are not part of this version; use backend='reference' on a GPU"
-_missing["triton"] = "the Triton kernels are not part of this version; use backend='reference' on a GPU"
+_missing["cuda"] = "this version has no C++/CUDA kernels; the default on a GPU is the reference, in plain PyTorch"
+_missing["triton"] = "this version has no Triton kernels; the default on a GPU is the reference, in plain PyTorch"
 
 
 def missing() -> dict[str, str]:
@@ -39,20 +42,38 @@ def missing() -> dict[str, str]:
     return dict(_missing)
 
 
+def detail(name: str) -> str:
+    """What else there is to say of a backend that is built."""
+    return _detail.get(name, "")
+
+
+def serves(name: str, device: torch.device) -> bool:
+    """Can the backend, if it is built, take tensors on this device?"""
+    return name == "reference" or name == device.type
+
+
+def default(device: torch.device) -> str:
+    """The backend for tensors on ``device`` when none is named."""
+    if device.type in _ready:
+        return device.type
+    if device.type in _missing and device.type not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device.type)
+        warnings.warn(f"fastsoftloss runs in plain PyTorch on {device.type}, several times slower: {_missing[device.type]}", stacklevel=4)
+    return "reference"
+
+
 def choose(name: str | None, device: torch.device) -> ops.Operators | None:
     """The operators that serve ``device``, or None for the reference.
 
     Raises ValueError for an unknown name or one that does not serve the device, RuntimeError for one that is not built.
     """
-    name = _override or name
-    if name is None:
-        return _ready.get("cpu") if device.type == "cpu" else None
+    name = _override or name or default(device)
     if name == "reference":
         return None
     if name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
-    if name not in _ready:
+    if name in _missing:
         raise RuntimeError(f"backend={name!r} is not available: {_missing[name]}")
-    if name != device.type:
-        raise ValueError(f"backend={name!r} serves tensors on its own device, and logits are on {device}")
+    if not serves(name, device):
+        raise ValueError(f"backend={name!r} does not serve tensors on {device}; it takes them on its own device")
     return _ready[name]

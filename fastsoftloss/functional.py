@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsoftloss import backends, ops, reference
 
@@ -26,7 +26,6 @@ class LossComponents(NamedTuple):
     diversity: Tensor
 
 
-@lru_cache(maxsize=256)
 def options_of(
     ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
 ) -> ops.Options:
@@ -37,12 +36,17 @@ def options_of(
         raise ValueError(f"diversity must be None or one of {', '.join(map(repr, ops.DIVERSITIES[1:]))}, got {diversity!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}")
-    if not math.isfinite(diversity_weight):
+    if not abs(diversity_weight) < math.inf:
         raise ValueError(f"diversity_weight must be finite, got {diversity_weight!r}")
-    if not math.isfinite(z_loss):
+    if not abs(z_loss) < math.inf:
         raise ValueError(f"z_loss must be finite, got {z_loss!r}")
     return ops.Options(
-        ignore_index, _REDUCTION_INDEX[reduction], float(label_smoothing), _DIVERSITY_INDEX[diversity], float(diversity_weight), float(z_loss)
+        ignore_index,
+        _REDUCTION_INDEX[reduction],
+        float(label_smoothing),
+        _DIVERSITY_INDEX[diversity],
+        float(diversity_weight),
+        float(z_loss),
     )
 
 
@@ -176,9 +180,11 @@ def cross_entropy(
         target = target.long()
     _check_tensors(logits, target, weight, sample_weight)
     operators = backends.choose(backend, logits.device)
-    by_row_weight = sample_weight is not None and sample_weight.requires_grad or weight is not None and weight.requires_grad
-    if operators is None or by_row_weight:  # the kernels have no gradient for the weights
-        traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    # the kernels have no gradient for the weights, and function transforms trace plain operators
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    learned = (weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad)
+    if operators is None or transformed or learned:
+        traced = transformed or torch.compiler.is_compiling()
         if logits.device.type == "cpu" and not traced:
             _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
         components = LossComponents(

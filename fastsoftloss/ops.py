@@ -27,7 +27,7 @@ _ARGUMENTS = (
 _FORWARD = f"({_ARGUMENTS}, bool parts, bool gradient) -> (Tensor loss, Tensor parts, Tensor dlogits, Tensor moments)"
 _BACKWARD = f"(Tensor upstream, Tensor moments, {_ARGUMENTS}) -> Tensor dlogits"
 
-_library = torch.library.Library("fastsoftloss", "DEF")
+_library = torch.library.Library("fastsoftloss", "DEF")  # type: ignore[no-untyped-call]
 
 
 class Options(NamedTuple):
@@ -91,8 +91,8 @@ def rescale_on_host(dlogits: Tensor, upstream: Tensor, *_: Any) -> Tensor | None
 
 def define(name: str, rescale: Callable[..., Tensor | None] = rescale_on_host) -> Operators:
     """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; the kernels are registered elsewhere."""
-    _library.define(f"{name}{_FORWARD}")
-    _library.define(f"{name}_backward{_BACKWARD}")
+    _library.define(f"{name}{_FORWARD}")  # type: ignore[no-untyped-call]
+    _library.define(f"{name}_backward{_BACKWARD}")  # type: ignore[no-untyped-call]
     forward = getattr(torch.ops.fastsoftloss, name).default
     backward = getattr(torch.ops.fastsoftloss, f"{name}_backward").default
 
@@ -191,12 +191,11 @@ def cross_entropy(
     parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its parts where asked for. Arguments are taken as checked."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        # their own machinery differentiates the operator by its registered formula
+    if torch.compiler.is_compiling():  # its own machinery differentiates the operator by its registered formula
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
         return loss, components if parts else None
     if logits.requires_grad and torch.is_grad_enabled():
-        result = _CrossEntropy.apply(logits, target, weight, sample_weight, operators, options, parts)
+        result = _CrossEntropy.apply(logits, target, weight, sample_weight, operators, options, parts)  # type: ignore[no-untyped-call]
         return result if parts else (result, None)
     with torch._C._AutoDispatchBelowAutograd():
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)

@@ -67,13 +67,12 @@ def cross_entropy(
     z = logits.to(accumulation_dtype(logits.dtype))
     z = z.movedim(1, -1) if z.dim() > 1 else z
     classes = z.shape[-1]
+    if classes == 0:  # every row is ignored or out of range: a class that is never looked at stands in
+        z, weight = z.new_zeros((*target.shape, 1)), None
     target = target.long()
     counted = target != ignore_index
     outside = counted & ((target < 0) | (target >= classes))
     y = torch.where(counted & ~outside, target, 0).unsqueeze(-1)
-    if classes == 0:
-        y, z = y[..., :0], z.new_zeros((*target.shape, 1))  # only rows that are ignored can be here
-        y = target.new_zeros((*target.shape, 1))
     z = torch.where((counted & ~outside).unsqueeze(-1), z, 0.0)
     # as PyTorch: NaN, +inf and a row of -inf alone are NaN throughout
     bad = z.isnan().any(-1) | (z == torch.inf).any(-1) | (z == -torch.inf).all(-1)
@@ -96,13 +95,13 @@ def cross_entropy(
     lse_less_m = torch.where(delta > 0, log_s1 + F.softplus(-delta, threshold=_SOFTPLUS_LINEAR), (z_y - m) + log1p_odds)
     d = _diversity(diversity, x, inside, count, log_s1, torch.sigmoid(delta))
 
-    w_y = torch.ones_like(z_y) if weight is None else weight.to(z.dtype)[y.squeeze(-1)] if classes else torch.zeros_like(z_y)
+    w = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
+    w_y = w.gather(-1, y).squeeze(-1)
     ce = w_y * log1p_odds
     if label_smoothing > 0:
-        w = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
         # lse - z_j over all classes: +inf where a class is masked, as in PyTorch
         smooth = torch.where(is_label, 0.0, w * (lse_less_m.unsqueeze(-1) - x)).sum(-1) + w_y * log1p_odds
-        ce = (1 - label_smoothing) * ce + label_smoothing / classes * smooth
+        ce = (1 - label_smoothing) * ce + label_smoothing / z.shape[-1] * smooth
     row_weight = torch.ones_like(z_y) if sample_weight is None else sample_weight.to(z.dtype).expand_as(z_y)
     w_y = torch.where(counted, w_y * row_weight, 0.0)
     ce = torch.where(counted, ce * row_weight, 0.0)

@@ -77,8 +77,8 @@ FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
   Row<T> row;
   row.logits = job.logits + logits;
   row.gradient = job.gradient + gradient;
-  const int64_t y = job.wide_target ? *reinterpret_cast<const int64_t*>(job.target + target)
-                                    : *reinterpret_cast<const int32_t*>(job.target + target);
+  const int64_t y =
+      job.wide_target ? *reinterpret_cast<const int64_t*>(job.target + target) : *reinterpret_cast<const int32_t*>(job.target + target);
   row.label = y == job.ignore_index ? kIgnored : y;
   row.class_weight = job.class_weight && row.label >= 0 && y < job.classes ? job.class_weight[y] : T(1);
   row.row_weight = job.sample_weight ? *reinterpret_cast<const T*>(job.sample_weight + sample_weight) : T(1);

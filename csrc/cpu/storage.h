@@ -32,7 +32,7 @@ FSL_FN uint16_t to_bfloat16(float x) {
 }
 FSL_FN float from_float16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
-  const float magnitude = float_of(rest) * 0x1p112f;  // moves the exponent's bias, subnormals included
+  const float magnitude = float_of(rest) * 0x1p112f;               // moves the exponent's bias, subnormals included
   const uint32_t special = rest >= 0x0f800000 ? 0x7f800000u : 0u;  // inf and NaN keep a full exponent
   return float_of(sign | bits_of(magnitude) | special);
 }

@@ -71,11 +71,11 @@ struct Limits<FSL_ISA::Vec<T>> : std::numeric_limits<T> {};
 
 namespace FSL_ISA {
 
-#define FSL_ARITHMETIC(op)                         \
-  template <class T>                               \
-  FSL_FN Vec<T> operator op(Vec<T> a, Vec<T> b) {  \
-    FSL_PARTS a.v[i] = a.v[i] op b.v[i];           \
-    return a;                                      \
+#define FSL_ARITHMETIC(op)                        \
+  template <class T>                              \
+  FSL_FN Vec<T> operator op(Vec<T> a, Vec<T> b) { \
+    FSL_PARTS a.v[i] = a.v[i] op b.v[i];          \
+    return a;                                     \
   }
 FSL_ARITHMETIC(+)
 FSL_ARITHMETIC(-)
@@ -124,8 +124,8 @@ struct Exp;
 template <>
 struct Exp<float> {
   static constexpr int kMantissa = 23;
-  static constexpr float kLowest = -88.02f;              // rounds to 2^-127, whose bits are those of 0
-  static constexpr float kMagic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer, biased
+  static constexpr float kLowest = -88.02f;                                   // rounds to 2^-127, whose bits are those of 0
+  static constexpr float kMagic = 12582912.0f + 127.0f;                       // 1.5 * 2^23: adding it rounds to an integer, biased
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and Waite (1980)
   // e^r on |r| <= ln2/2, relative error 4e-9
   static constexpr float kPolynomial[] = {0x1.6a23cep-10f, 0x1.123a2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f, 1, 1};
@@ -137,9 +137,9 @@ struct Exp<double> {
   static constexpr double kMagic = 6755399441055744.0 + 1023.0;
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // as fdlibm splits it
   // Taylor: the first term left out is 4e-18 of the sum
-  static constexpr double kPolynomial[] = {1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
-                                           1 / 5040.0,       1 / 720.0,       1 / 120.0,      1 / 24.0,      1 / 6.0,      1 / 2.0,
-                                           1,                1};
+  static constexpr double kPolynomial[] = {
+      1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0,
+      1 / 720.0,        1 / 120.0,       1 / 24.0,       1 / 6.0,       1 / 2.0,      1,           1};
 };
 
 // The exponent with what is below every positive number raised to where exp is 0: 0 * -inf cannot appear. NaN stays.
