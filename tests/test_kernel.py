@@ -95,7 +95,7 @@ def cases(draw: st.DrawFn, classes: list[int] = CLASSES, layouts: list[str] = li
     if ignore is not None:
         target[torch.rand(target.shape) < 0.3] = ignore
     index = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8]))
-    if index is not torch.uint8 or 0 <= int(target.min()) and int(target.max()) < 256:
+    if index is not torch.uint8 or (int(target.min()) >= 0 and int(target.max()) < 256):
         target = target.to(index)
     target = target[..., 0] if draw(st.booleans()) else target[..., 0].contiguous()
 

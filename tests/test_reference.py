@@ -117,7 +117,11 @@ def test_finite_differences(kind, options):
     target[1] = -100
     logits[2, (target[2] + 1) % 5] = -torch.inf if not options.get("label_smoothing") else 0.3
     options = dict(options)
-    extra = {name: (torch.rand(n, dtype=torch.float64) + 0.5).requires_grad_() for name, n in (("weight", 5), ("sample_weight", 4)) if options.pop(name, 0)}
+    extra = {
+        name: (torch.rand(n, dtype=torch.float64) + 0.5).requires_grad_()
+        for name, n in (("weight", 5), ("sample_weight", 4))
+        if options.pop(name, 0)
+    }
 
     # a finite difference of -inf is NaN: the masked class is not an input
     finite = torch.isfinite(logits)
