@@ -23,7 +23,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 enum Reduction : int64_t { kNone, kMean, kSum };
 
-constexpr int64_t kMaxDims = 64;  // of a tensor: torch's own limit
+constexpr int64_t kMaxDims = 64;  // of a tensor that torch's own operators take; there are tensors with more
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
@@ -120,6 +120,7 @@ struct Inputs {
 // What functional.py explains, this refuses: nothing below may read where it should not.
 void check(const Inputs& in, const Tensor* upstream) {
   const int64_t dims = in.logits.dim(), class_dim = dims > 1 ? 1 : 0;
+  STD_TORCH_CHECK(dims <= kMaxDims, "logits have more than ", kMaxDims, " dimensions");
   bool fits = dims > 0 && in.target.dim() == dims - 1;
   for (int64_t d = 0; fits && d < dims - 1; ++d) fits = in.target.size(d) == in.logits.size(d < class_dim ? d : d + 1);
   STD_TORCH_CHECK(fits, "target must have the shape of logits without the class dimension");
@@ -146,11 +147,10 @@ void check(const Inputs& in, const Tensor* upstream) {
   STD_TORCH_CHECK(in.diversity >= 0 && in.diversity <= int64_t(fastsoftloss::Diversity::variance), "diversity must be from 0 to 5");
 }
 
-// The job that the arguments describe, with its targets found good, and what the sums are divided by.
+// The job that the arguments, found good by check(), describe, with its targets found good, and what the sums are divided by.
 // gradient: where to write it, or null.
 template <class T>
 fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Tensor* upstream, double* divisor) {
-  check(in, upstream);
   fastsoftloss::Job<T> job;
   const int64_t class_dim = in.logits.dim() > 1 ? 1 : 0;
   job.classes = in.logits.size(class_dim);
@@ -208,6 +208,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Outputs forward(const Inputs& in, bool parts, bool gradient) {
+  check(in, nullptr);
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   int64_t shape[kMaxDims] = {2}, dims = 0;  // of the parts; without the 2, of the loss
   if (in.reduction == kNone)
@@ -243,6 +244,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
 
 template <class T>
 Tensor backward(const Inputs& in, const Tensor& upstream) {
+  check(in, &upstream);
   Tensor dlogits = empty_gradient(in.logits);
   double divisor;
   fastsoftloss::run(make_job<T>(in, &dlogits, &upstream, &divisor), parallel_for);

@@ -52,7 +52,8 @@ template <class T>
 FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const LossOptions& o) {
   const T zero(0), one(1);
   const auto some = r.n > zero;
-  const T n = max(r.n, one), s1 = select(some, r.s1, one), inv_s1 = one / s1;
+  // without a class s1 is 0, or NaN where the only classes were: that must not be replaced
+  const T n = max(r.n, one), s1 = r.s1 + select(some, zero, one), inv_s1 = one / s1;
 
   // The margin is delta = d + log s1. Its odds are taken as exp(d) s1, so that no logarithm is rounded on the way, the
   // rounding of d is put back (two-sum), and exp(d/2) is applied twice, since s1 may lift what exp(d) would flush to 0.

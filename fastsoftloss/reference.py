@@ -68,7 +68,7 @@ def cross_entropy(
     z = z.movedim(1, -1) if z.dim() > 1 else z
     classes = z.shape[-1]
     if classes == 0:  # every row is ignored or out of range: a class that is never looked at stands in
-        z, weight = z.new_zeros((*target.shape, 1)), None
+        z, weight = F.pad(z, (0, 1)), None
     target = target.long()
     counted = target != ignore_index
     outside = counted & ((target < 0) | (target >= classes))

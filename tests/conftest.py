@@ -1,0 +1,112 @@
+"""What the tests share: the backends, the float64 truth, and the bound on the distance from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import formula
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from fastsoftloss import functional, reference
+
+# One line a backend, and the device that it is tested on.
+BACKENDS = {"cpu": "cpu", "reference": "cpu"}
+
+DIVERSITIES = (None, *formula.PENALTIES)
+
+# The relative error of one term, of the u = 2^-24 (2^-53) of the arithmetic: a logit less the row's largest one is rounded to
+# u of itself, which the exp turns into a relative error of up to 88 u (708 u); 80 u more for the sums, the polynomials
+# and the few operations around them. For float32 this is the 1e-5 that the package promises.
+RELATIVE = {torch.float32: (88 + 80) * 2.0**-24, torch.float64: (708 + 80) * 2.0**-53}
+# Below it float32 runs out of exponent. The truth may be there, a kernel need not.
+SMALLEST = {torch.float32: 1e-35, torch.float64: 1e-300}
+
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("fixed")
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """More than one, so that work is really shared, and the same for each test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+class Outcome(NamedTuple):
+    loss: Tensor
+    cross_entropy: Tensor
+    diversity: Tensor
+    gradient: Tensor
+
+
+def compute(backend: str, logits: Tensor, target: Tensor, *, upstream: Tensor | None = None, **options: Any) -> Outcome:
+    """Loss, parts and gradient by ``backend``, on the strides that logits have."""
+    z = logits.detach().to(BACKENDS[backend]).requires_grad_()
+    parts = functional.cross_entropy(z, target.to(z.device), return_components=True, backend=backend, **options)
+    (gradient,) = torch.autograd.grad(parts.loss, z, torch.ones_like(parts.loss) if upstream is None else upstream)
+    return Outcome(parts.loss.detach(), parts.cross_entropy, parts.diversity, gradient)
+
+
+def truth(logits: Tensor, target: Tensor, *, upstream: Tensor | None = None, **options: Any) -> Outcome:
+    """The same in float64 by the reference, on the very same logits."""
+    z = logits.detach().double().requires_grad_()
+    for name in ("weight", "sample_weight"):
+        if options.get(name) is not None:
+            options[name] = options[name].double()
+    loss, cross_entropy, diversity = reference.cross_entropy(z, target, **options)
+    (gradient,) = torch.autograd.grad(loss, z, torch.ones_like(loss) if upstream is None else upstream.double())
+    return Outcome(loss.detach(), cross_entropy, diversity, gradient)
+
+
+def assert_near(got: Tensor, true: Tensor, bound: Any, what: str = "") -> None:
+    """|got - true| <= bound, element by element; NaN and infinities must be the same."""
+    got_, true_ = got.detach().double().numpy(), true.detach().double().numpy()
+    bound_ = np.broadcast_to(np.asarray(bound), true_.shape)
+    finite = np.isfinite(true_)
+    assert got_.shape == true_.shape, what
+    assert np.array_equal(got_[~finite], true_[~finite], equal_nan=True), f"{what}: not the same NaN and infinities"
+    got_, true_, bound_ = got_[finite], true_[finite], bound_[finite]
+    far = np.abs(got_ - true_) - bound_
+    wrong = ~(far <= 0)
+    if wrong.any():
+        i = np.argmax(np.nan_to_num(far, nan=np.inf))
+        pytest.fail(
+            f"{what}: {wrong.sum()} of {far.size} off the truth; the farthest is {got_[i]!r} for {true_[i]!r}, with a bound of {bound_[i]:.3g}"
+        )
+
+
+def rounding(true: Tensor, dtype: torch.dtype) -> Any:
+    """Half a unit in the last place of a 16-bit ``dtype``; 0 where the arithmetic is stored as it is."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return 0.0
+    info = torch.finfo(dtype)
+    return np.maximum(np.abs(true.numpy()), info.smallest_normal) * (info.eps / 2)
+
+
+def assert_true(got: Outcome, logits: Tensor, target: Tensor, *, upstream: Tensor | None = None, **options: Any) -> None:
+    """Every value that ``compute`` gives is within the bound of ``formula`` of the truth."""
+    dtype = reference.accumulation_dtype(logits.dtype)
+    true = truth(logits, target, upstream=upstream, **options)
+    terms = formula.cross_entropy(logits, target, upstream=upstream, **options)
+    relative = RELATIVE[dtype] + RELATIVE[torch.float64]  # the truth has an error too
+    for name in ("loss", "cross_entropy", "diversity"):
+        value, size = getattr(got, name), getattr(terms, f"{name}_terms")
+        assert value.dtype is dtype, name
+        assert_near(value, getattr(true, name), relative * size + SMALLEST[dtype], name)
+    assert got.gradient.dtype is logits.dtype
+    size = terms.gradient_terms
+    error = relative * size + SMALLEST[dtype] * (1 + size.max(where=np.isfinite(size), initial=0))
+    assert_near(got.gradient, true.gradient, error + rounding(true.gradient, logits.dtype), "gradient")
