@@ -29,9 +29,18 @@ def _load_cpu() -> None:
         _ready["cpu"] = operators
 
 
+def _load_triton() -> None:
+    try:
+        backend = importlib.import_module("fastsoftloss.triton_backend")
+    except ImportError as error:
+        _missing["triton"] = f"the package triton cannot be imported ({error}); `pip install triton` (3.5 or later)"
+    else:
+        _ready["triton"] = backend.define()
+
+
 _load_cpu()
+_load_triton()
 _missing["cuda"] = "the C++/CUDA kernels are not part of this version; use backend='reference' on a GPU"
-_missing["triton"] = "the Triton kernels are not part of this version; use backend='reference' on a GPU"
 
 
 def missing() -> dict[str, str]:
@@ -46,13 +55,17 @@ def choose(name: str | None, device: torch.device) -> ops.Operators | None:
     """
     name = _override or name
     if name is None:
-        return _ready.get("cpu") if device.type == "cpu" else None
+        return _ready.get({"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference"))
     if name == "reference":
         return None
     if name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     if name not in _ready:
         raise RuntimeError(f"backend={name!r} is not available: {_missing[name]}")
+    if name == "triton":
+        if device.type == "cpu" and not importlib.import_module("fastsoftloss.triton_backend").runs_on_cpu():
+            raise ValueError("backend='triton' serves GPU tensors, or CPU tensors under TRITON_INTERPRET=1; logits are on cpu")
+        return _ready[name]
     if name != device.type:
         raise ValueError(f"backend={name!r} serves tensors on its own device, and logits are on {device}")
     return _ready[name]
