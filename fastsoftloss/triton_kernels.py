@@ -120,6 +120,15 @@ def _row_weights(weight_ptr, sample_ptr, row, rows, stride, y, counted, DTYPE: t
     return w, sample
 
 
+@triton.jit
+def _across(row_scalar):
+    """[R] -> [1, R, 1]; the scalar of a program's only row stays one."""
+    if len(row_scalar.shape) == 0:
+        return row_scalar
+    else:
+        return tl.expand_dims(tl.expand_dims(row_scalar, 0), 2)
+
+
 # ---------------------------------------------------------------- reduce
 
 
@@ -127,6 +136,15 @@ def _row_weights(weight_ptr, sample_ptr, row, rows, stride, y, counted, DTYPE: t
 def _sum(t):
     """[A, R, B] -> [R]"""
     return tl.sum(tl.sum(t, axis=0), axis=1)
+
+
+@triton.jit
+def _dot(a, b, inside):
+    """Sum of a b over the complement, both finite and ``a`` 0 elsewhere; see ``_merge_lanes`` for the select."""
+    if a.shape[0] == 1:
+        return _sum(tl.where(inside, a * b, 0.0))
+    else:
+        return _sum(a * b)
 
 
 @triton.jit
@@ -146,7 +164,7 @@ def _sums(z, others, w, m, KIND: tl.constexpr, SMOOTH: tl.constexpr):
 
     Gives x, e^x and, for each row, (n, S1, S2, SX, sum x, sum w, sum w x).
     """
-    x = z - tl.expand_dims(tl.expand_dims(m, 0), 2)
+    x = z - _across(m)
     e = _exp(x)
     s1 = _sum(e)
     zero = tl.zeros_like(s1)
@@ -162,9 +180,9 @@ def _sums(z, others, w, m, KIND: tl.constexpr, SMOOTH: tl.constexpr):
     if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
         x1 = _sum(tl.where(inside, x, 0.0))
     if KIND == KL:
-        sx = _sum(e * tl.where(inside, x, 0.0))
+        sx = _dot(e, tl.where(inside, x, 0.0), inside)
     if KIND == CHI2 or KIND == VARIANCE:
-        s2 = _sum(e * e)
+        s2 = _dot(e, e, inside)
     if SMOOTH:
         if w is None:
             sw = _sum(others.to(s1.dtype))
@@ -178,8 +196,9 @@ def _sums(z, others, w, m, KIND: tl.constexpr, SMOOTH: tl.constexpr):
 @triton.jit
 def _squares(z, x, mean):
     """Sum of (x - mean)^2 over the complement."""
-    d = tl.where(z != -float("inf"), x - tl.expand_dims(tl.expand_dims(mean, 0), 2), 0.0)
-    return _sum(d * d)
+    inside = z != -float("inf")
+    d = tl.where(inside, x - _across(mean), 0.0)
+    return _dot(d, d, inside)
 
 
 # ---------------------------------------------------------------- finish
@@ -292,11 +311,6 @@ def _finish(
 
 
 # ---------------------------------------------------------------- spread
-
-
-@triton.jit
-def _across(row_scalar):
-    return tl.expand_dims(tl.expand_dims(row_scalar, 0), 2)
 
 
 @triton.jit
@@ -429,8 +443,8 @@ def resident(
             y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
             w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
             live = counted & good
-            reads = tl.expand_dims(tl.expand_dims(live, 0), 2)
-            label = tl.expand_dims(tl.expand_dims(y, 0), 2)
+            reads = _across(live)
+            label = _across(y)
             z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
             g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
             # ---- load
@@ -454,22 +468,22 @@ def resident(
                 # 16-byte accesses need a start that is a multiple of ALIGN; what lies before and behind is the edge
                 low = (z_row + (ALIGN - 1)) // ALIGN * ALIGN
                 high = (z_row + K) // ALIGN * ALIGN
-                first = tl.expand_dims(tl.expand_dims((low - z_row).to(tl.int32), 0), 2)
+                first = _across((low - z_row).to(tl.int32))
                 length = (high // ALIGN - low // ALIGN).to(tl.int32) * ALIGN
-                exists = column < tl.expand_dims(tl.expand_dims(length, 0), 2)
-                z_at = tl.expand_dims(tl.expand_dims(low, 0), 2) + column
+                exists = column < _across(length)
+                z_at = _across(low) + column
                 c = column + first
                 z = tl.load(z_ptr + z_at, mask=exists & reads, other=-inf).to(DTYPE)
                 edge = tl.expand_dims(tl.expand_dims(tl.arange(0, 2 * ALIGN), 0), 0)
                 head = edge < ALIGN
-                edge_c = tl.where(head, edge, edge - ALIGN + first + tl.expand_dims(tl.expand_dims(length, 0), 2))
+                edge_c = tl.where(head, edge, edge - ALIGN + first + _across(length))
                 edge_exists = tl.where(head, edge < first, edge_c < K)
-                edge_z = tl.load(z_ptr + tl.expand_dims(tl.expand_dims(z_row, 0), 2) + edge_c, mask=edge_exists & reads, other=-inf).to(DTYPE)
+                edge_z = tl.load(z_ptr + _across(z_row) + edge_c, mask=edge_exists & reads, other=-inf).to(DTYPE)
             else:
                 c = column
                 exists = c < K
                 step = c.to(tl.int64) * sc if WIDE else c * sc
-                z = tl.load(z_ptr + tl.expand_dims(tl.expand_dims(z_row, 0), 2) + step, mask=exists & reads, other=-inf).to(DTYPE)
+                z = tl.load(z_ptr + _across(z_row) + step, mask=exists & reads, other=-inf).to(DTYPE)
             # ---- reduce
             is_y = c == label
             others = exists & (c != label)
@@ -525,7 +539,7 @@ def resident(
             if g_ptr is not None:
                 dz = _spread(z, x, e, is_y, w, scale, a, b, t, e0, e1, ew, g_y, KIND, SMOOTH)
                 dz = dz.to(g_ptr.dtype.element_ty)
-                there = tl.expand_dims(tl.expand_dims(row < rows, 0), 2)
+                there = _across(row < rows)
                 if ACCESS == FLAT:
                     r = flat // K
                     k = flat % K
@@ -540,13 +554,13 @@ def resident(
                     if SAME:
                         g_at = z_at
                     else:
-                        g_at = tl.expand_dims(tl.expand_dims(g_row, 0), 2) + c
+                        g_at = _across(g_row) + c
                     tl.store(g_ptr + g_at, dz, mask=exists & there)
-                    edge_at = tl.expand_dims(tl.expand_dims(g_row, 0), 2) + edge_c
+                    edge_at = _across(g_row) + edge_c
                     tl.store(g_ptr + edge_at, edge_dz.to(g_ptr.dtype.element_ty), mask=edge_exists & there)
                 else:
                     g_step = c.to(tl.int64) * tc if WIDE else c * tc
-                    tl.store(g_ptr + tl.expand_dims(tl.expand_dims(g_row, 0), 2) + g_step, dz, mask=exists & there)
+                    tl.store(g_ptr + _across(g_row) + g_step, dz, mask=exists & there)
     if loss_ptr is not None and REDUCTION != NONE:
         tl.store(partials_ptr + program, tl.sum(acc, 0))
         tl.store(partials_ptr + programs + program, tl.sum(acc_w, 0))
@@ -591,24 +605,31 @@ def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexp
 
 
 @triton.jit
-def _merge_lanes(n, m, s1, s2, sx, mean, m2, sw, swx):
-    """Moments of lanes [R, lanes] -> moments of rows [R]."""
-    inf = float("inf")
-    top = tl.max(m, axis=1)
-    base = _finite(top)
-    shift = tl.where(m == -inf, 0.0, m - tl.expand_dims(base, 1))
-    shrink = tl.where(m == -inf, 0.0, _exp(shift))
-    sx = tl.sum(shrink * (sx + s1 * shift), axis=1)
-    s2 = tl.sum(s2 * (shrink * shrink), axis=1)
-    s1 = tl.sum(s1 * shrink, axis=1)
-    count = tl.sum(n, axis=1)
-    mean = mean + shift
-    centre = tl.sum(n * mean, axis=1) / tl.where(count == 0.0, 1.0, count)
-    gap = mean - tl.expand_dims(centre, 1)
-    m2 = tl.sum(m2 + n * (gap * gap), axis=1)
-    swx = tl.sum(swx + sw * shift, axis=1)
-    sw = tl.sum(sw, axis=1)
-    return count, top, s1, s2, sx, centre, m2, sw, swx
+def _beside(t, AXIS: tl.constexpr):
+    """What a reduction along AXIS left, so that it broadcasts against what was reduced; of one dimension a scalar is left."""
+    if AXIS == 0:
+        return t
+    else:
+        return tl.expand_dims(t, AXIS)
+
+
+@triton.jit
+def _merge_lanes(n, m, s1, s2, sx, mean, m2, sw, swx, AXIS: tl.constexpr):
+    """Moments of lanes or of splits, merged along AXIS, the last."""
+    top = tl.max(m, AXIS)
+    empty = m == -float("inf")
+    shift = tl.where(empty, 0.0, m - _beside(_finite(top), AXIS))
+    shrink = tl.where(empty, 0.0, _exp(shift))
+    # a bare product would be contracted into the first exchange between lanes, and each lane would round it differently
+    sx = tl.sum(tl.where(empty, 0.0, shrink * (sx + s1 * shift)), AXIS)
+    s2 = tl.sum(tl.where(empty, 0.0, s2 * (shrink * shrink)), AXIS)
+    s1 = tl.sum(tl.where(empty, 0.0, s1 * shrink), AXIS)
+    count = tl.sum(n, AXIS)
+    centre = tl.sum(tl.where(empty, 0.0, n * (mean + shift)), AXIS) / tl.where(count == 0.0, 1.0, count)
+    gap = mean + shift - _beside(centre, AXIS)
+    m2 = tl.sum(m2 + n * (gap * gap), AXIS)
+    swx = tl.sum(swx + sw * shift, AXIS)
+    return count, top, s1, s2, sx, centre, m2, tl.sum(sw, AXIS), swx
 
 
 @triton.jit(do_not_specialize=["rows", "K", "splits", "tiles"])
@@ -628,9 +649,8 @@ def long_reduce(
     DTYPE: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
     TILE: tl.constexpr = A * L * V
     inf = float("inf")
-    y, counted, good = _labels(target_ptr, row + tl.arange(0, 1), rows, target_stride, ignore_index, K)
-    y = tl.max(y, 0)
-    live = tl.max((counted & good).to(tl.int32), 0) != 0
+    y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
+    live = counted & good
     zero = tl.zeros((L,), DTYPE)
     moments = (zero, zero - inf, zero, zero, zero, zero, zero, zero, zero)
     n, m, s1_, s2_, sx, mean, m2, sw, swx = moments
@@ -674,13 +694,9 @@ def long_reduce(
                 n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(
                     n, m, s1_, s2_, sx, mean, m2, sw, swx, z, exists & (c != y), w, KIND, SMOOTH
                 )
-    merged = _merge_lanes(
-        tl.expand_dims(n, 0), tl.expand_dims(m, 0), tl.expand_dims(s1_, 0), tl.expand_dims(s2_, 0), tl.expand_dims(sx, 0),
-        tl.expand_dims(mean, 0), tl.expand_dims(m2, 0), tl.expand_dims(sw, 0), tl.expand_dims(swx, 0),
-    )  # fmt: skip
-    at = moments_ptr + tl.cast(program, tl.int64) + tl.arange(0, 1)
+    n, m, s1_, s2_, sx, mean, m2, sw, swx = _merge_lanes(n, m, s1_, s2_, sx, mean, m2, sw, swx, 0)
+    at = moments_ptr + tl.cast(program, tl.int64)
     field = tl.cast(rows, tl.int64) * splits
-    n, m, s1_, s2_, sx, mean, m2, sw, swx = merged
     tl.store(at, n)
     tl.store(at + field, m)
     tl.store(at + 2 * field, s1_)
@@ -735,6 +751,7 @@ def long_finish(
             tl.load(at + 6 * field, mask=there, other=0.0),
             tl.load(at + 7 * field, mask=there, other=0.0),
             tl.load(at + 8 * field, mask=there, other=0.0),
+            1,
         )
         loss, ce, div, a, b, t, e0, e1, ew, g_y = _finish(
             n, m, s1_, s2_, sx, mean, m2, sw, swx, z_y, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
@@ -784,7 +801,7 @@ def long_spread(
     """The gradient of ``tiles`` tiles of a row from the moments that the forward kept; one program a row and split."""
     program = tl.program_id(0)
     split = program % splits
-    row = program // splits + tl.arange(0, 1)
+    row = program // splits
     DTYPE: tl.constexpr = saved_ptr.dtype.element_ty
     WEIGHTED: tl.constexpr = weight_ptr is not None
     TILE: tl.constexpr = A * L * V
@@ -795,7 +812,7 @@ def long_spread(
     z_y = _label_logit(z_ptr, row, y, live, n1, n2, n3, s0, s1, s2, s3, sc, DIMS, DTYPE)
     scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride)
     if REDUCTION == MEAN:
-        scale = scale / tl.load(saved_ptr + tl.arange(0, 1))
+        scale = scale / tl.load(saved_ptr)
     keep = saved_ptr + 1 + row.to(tl.int64)
     m = tl.load(keep)
     s1_ = tl.load(keep + rows)
@@ -807,11 +824,9 @@ def long_spread(
         n, m, s1_, moment, moment, moment, zero, sw, zero, z_y, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
         KIND, SMOOTH, WEIGHTED, Z_LOSS,
     )  # fmt: skip
-    base = _across(_finite(m))
-    label = tl.max(y, 0)
-    reads = tl.max(live.to(tl.int32), 0) != 0
-    z_row = tl.max(_offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS), 0)
-    g_row = tl.max(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS), 0)
+    base = _finite(m)
+    z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
+    g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
     a = tl.expand_dims(tl.expand_dims(tl.arange(0, A), 1), 2)
     lane = tl.expand_dims(tl.expand_dims(tl.arange(0, L), 0), 2)
     v = tl.expand_dims(tl.expand_dims(tl.arange(0, V), 0), 1)
@@ -826,14 +841,14 @@ def long_spread(
         exists = i < length - start
         at = low + start
         if ALIGN > 0:
-            z = tl.load(z_ptr + at + i, mask=exists & reads, other=-inf).to(DTYPE)
+            z = tl.load(z_ptr + at + i, mask=exists & live, other=-inf).to(DTYPE)
         else:
-            z = tl.load(z_ptr + z_row + (tl.cast(start, tl.int64) + i) * sc, mask=exists & reads, other=-inf).to(DTYPE)
+            z = tl.load(z_ptr + z_row + (tl.cast(start, tl.int64) + i) * sc, mask=exists & live, other=-inf).to(DTYPE)
         w = None
         if SMOOTH and weight_ptr is not None:
             w = tl.load(weight_ptr + (first + start) + i, mask=exists, other=0.0)
         x = z - base
-        here = label - first - start
+        here = y - first - start
         dz = _spread(z, x, _exp(x), i == here, w, scale, a_, b_, t_, e0, e1, ew, g_y, KIND, SMOOTH).to(g_ptr.dtype.element_ty)
         if ALIGN > 0 and SAME:
             tl.store(g_ptr + at + i, dz, mask=exists)
@@ -844,10 +859,10 @@ def long_spread(
             j = tl.expand_dims(tl.expand_dims(tl.arange(0, L), 0), 2)
             c = tl.where(j < ALIGN, j, j - ALIGN + first + length)
             exists = tl.where(j < ALIGN, j < first, c < K)
-            z = tl.load(z_ptr + z_row + c, mask=exists & reads, other=-inf).to(DTYPE)
+            z = tl.load(z_ptr + z_row + c, mask=exists & live, other=-inf).to(DTYPE)
             w = None
             if SMOOTH and weight_ptr is not None:
                 w = tl.load(weight_ptr + c, mask=exists, other=0.0)
             x = z - base
-            dz = _spread(z, x, _exp(x), c == label, w, scale, a_, b_, t_, e0, e1, ew, g_y, KIND, SMOOTH)
+            dz = _spread(z, x, _exp(x), c == y, w, scale, a_, b_, t_, e0, e1, ew, g_y, KIND, SMOOTH)
             tl.store(g_ptr + g_row + c.to(tl.int64) * tc, dz.to(g_ptr.dtype.element_ty), mask=exists)
