@@ -296,7 +296,7 @@ def _finish(
     # as PyTorch: a logit of NaN or +inf makes a row NaN; so does a label out of range, whose gradient is zero
     nan = float("nan")
     ce = tl.where(counted, tl.where(bad | (good == 0), nan, ce * sample), 0.0)
-    div = tl.where(counted, tl.where(bad, nan, div * sample), 0.0)
+    div = tl.where(counted, div * sample, 0.0)
     loss = tl.where(counted, tl.where(bad | (good == 0), nan, loss * sample), 0.0)
     live = counted & good
     g = tl.where(bad, nan, sample)
@@ -443,6 +443,7 @@ def resident(
             y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
             w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
             live = counted & good
+            scale = tl.where(live, scale, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
             reads = _across(live)
             label = _across(y)
             z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
@@ -813,6 +814,7 @@ def long_spread(
     scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride)
     if REDUCTION == MEAN:
         scale = scale / tl.load(saved_ptr)
+    scale = tl.where(live, scale, 0.0)
     keep = saved_ptr + 1 + row.to(tl.int64)
     m = tl.load(keep)
     s1_ = tl.load(keep + rows)
