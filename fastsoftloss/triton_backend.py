@@ -172,7 +172,9 @@ def _resident(
         ignore_index=ignore_index, **values, K=rows.classes, **flags, REDUCTION=reduction,
         ACCESS=chosen.access, DIMS=len(rows.sizes), SAME=rows.same, WIDE=rows.wide, RESCALE=rescale,
         SHARES=1 if shares is None else shares.numel(),
-        A=chosen.a, R=chosen.r, B=chosen.b, P=chosen.run, ALIGN=chosen.align, num_warps=chosen.warps,
+        UPSTREAM_ROWS=upstream is not None and upstream.numel() > 1 and upstream_stride != 0,
+        A=chosen.a, R=chosen.r, B=chosen.b, P=chosen.run, ALIGN=chosen.align, COPIES=max(1, 32 * chosen.warps // chosen.r),
+        num_warps=chosen.warps,
     )  # fmt: skip
 
 

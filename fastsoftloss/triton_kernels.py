@@ -109,6 +109,20 @@ def _labels(target_ptr, row, rows, stride, ignore_index, K):
 
 
 @triton.jit
+def _labels_once(target_ptr, row, rows, stride, ignore_index, K, COPIES: tl.constexpr):
+    """``_labels`` by one load: a load of fewer elements than threads is repeated for every layout it is used in."""
+    copy = tl.expand_dims(tl.arange(0, COPIES), 0)
+    first = (tl.expand_dims(row, 1) < rows) & (copy == 0)
+    at = tl.expand_dims(row, 1).to(tl.int64) * stride + copy
+    t = tl.load(target_ptr + at, mask=first, other=0).to(tl.int64)
+    # >= 0: the class; -1: ignored; -2: out of range
+    t = tl.where(t == ignore_index, -1, tl.where((t >= 0) & (t < K), t, -2)).to(tl.int32)
+    t = tl.sum(tl.where(first, t, 0), 1)
+    t = tl.where(row < rows, t, -1)
+    return tl.maximum(t, 0), t != -1, t >= 0
+
+
+@triton.jit
 def _row_weights(weight_ptr, sample_ptr, row, rows, stride, y, counted, DTYPE: tl.constexpr):
     """(class weight, sample weight) of each row; their product is 0 where the row does not count."""
     w = tl.full(row.shape, 1.0, DTYPE)
@@ -159,44 +173,19 @@ def _finite(m):
 
 
 @triton.jit
-def _sums(z, others, w, m, KIND: tl.constexpr, SMOOTH: tl.constexpr):
-    """The sums of a tile z [A, R, B], -inf outside the complement; ``others``: which classes are not the true one.
-
-    Gives x, e^x and, for each row, (n, S1, S2, SX, sum x, sum w, sum w x).
-    """
-    x = z - _across(m)
-    e = _exp(x)
-    s1 = _sum(e)
-    zero = tl.zeros_like(s1)
-    n = zero
-    s2 = zero
-    sx = zero
-    x1 = zero
-    sw = zero
-    swx = zero
-    inside = z != -float("inf")
-    if KIND != 0:
-        n = _sum(inside.to(s1.dtype))
-    if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
-        x1 = _sum(tl.where(inside, x, 0.0))
-    if KIND == KL:
-        sx = _dot(e, tl.where(inside, x, 0.0), inside)
-    if KIND == CHI2 or KIND == VARIANCE:
-        s2 = _dot(e, e, inside)
-    if SMOOTH:
-        if w is None:
-            sw = _sum(others.to(s1.dtype))
-            swx = _sum(tl.where(others, x, 0.0))
-        else:
-            sw = _sum(tl.where(others, w, 0.0))
-            swx = _sum(tl.where(others, w * x, 0.0))
-    return x, e, n, s1, s2, sx, x1, sw, swx
+def _count(z):
+    return _sum((z != -float("inf")).to(tl.float32))
 
 
 @triton.jit
-def _squares(z, x, mean):
-    """Sum of (x - mean)^2 over the complement."""
-    inside = z != -float("inf")
+def _fill(x, z):
+    """x with 0 for the classes that are masked."""
+    return tl.where(z != -float("inf"), x, 0.0)
+
+
+@triton.jit
+def _squares(x, mean, inside):
+    """Sum of (x - mean)^2 where ``inside``."""
     d = tl.where(inside, x - _across(mean), 0.0)
     return _dot(d, d, inside)
 
@@ -314,27 +303,37 @@ def _finish(
 
 
 @triton.jit
-def _spread(z, x, e, is_y, w, scale, a, b, t, e0, e1, ew, g_y, KIND: tl.constexpr, SMOOTH: tl.constexpr):
-    """The gradient of a tile [A, R, B]; the row's scalars are [R], ``scale`` the gradient that comes from above."""
-    dz = _across(a * scale)
+def _spread(x, e, w, a, b, t, e0, e1, ew, KIND: tl.constexpr, SMOOTH: tl.constexpr):
+    """The gradient of a tile [A, R, B] where x and e^x are those of the complement; the row's scalars are [R]."""
+    dz = _across(a)
     if KIND == CHI2 or KIND == VARIANCE:
-        dz = e * _across(b * scale) + dz
+        dz = e * _across(b) + dz
     if KIND == KL:
-        dz = x * _across(t * scale) + dz
-    dz = e * dz
+        dz = x * _across(t) + dz
+    rest = _across(e0)
     if KIND == LOGIT_VARIANCE:
-        dz += x * _across(e1 * scale) + _across(e0 * scale)
-    if KIND == REVERSE_KL:
-        dz += _across(e0 * scale)
-    masked = tl.zeros_like(dz) + _across(a * 0.0)  # NaN in a NaN row
+        rest = x * _across(e1) + rest
     if SMOOTH:
-        taken = _across(ew * scale)
-        if w is not None:
-            taken = taken * w
-        dz -= taken
-        masked -= taken
-    dz = tl.where(z != -float("inf"), dz, masked)
-    return tl.where(is_y, _across(g_y * scale), dz)
+        if w is None:
+            rest -= _across(ew)
+        else:
+            rest -= _across(ew) * w
+    if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL or SMOOTH:
+        return e * dz + rest
+    else:
+        return e * dz
+
+
+@triton.jit
+def _spread_holes(dz, z, w, a, ew, SMOOTH: tl.constexpr):
+    """The gradient of masked classes: nothing but what label smoothing takes; NaN in a NaN row."""
+    masked = _across(a * 0.0)
+    if SMOOTH:
+        if w is None:
+            masked -= _across(ew)
+        else:
+            masked -= _across(ew) * w
+    return tl.where(z != -float("inf"), dz, masked)
 
 
 # ---------------------------------------------------------------- totals
@@ -388,7 +387,12 @@ def divisors(target_ptr, weight_ptr, sample_ptr, out_ptr, counter_ptr, rows, K, 
     acc = tl.zeros((BLOCK,), DTYPE)
     for start in range(program * BLOCK, rows, programs * BLOCK):
         row = start + tl.arange(0, BLOCK)
-        y, counted, _ = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
+        if start + BLOCK <= rows:  # its own branch: a mask with a run-time bound would break up the 16-byte loads
+            t = tl.load(target_ptr + row.to(tl.int64) * target_stride).to(tl.int64)
+        else:
+            t = tl.load(target_ptr + row.to(tl.int64) * target_stride, mask=row < rows, other=0).to(tl.int64)
+        counted = (row < rows) & (t != ignore_index)
+        y = tl.where(counted & (t >= 0) & (t < K), t, 0)
         w, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
         acc += w * sample
     tl.store(out_ptr + program, tl.sum(acc, 0))
@@ -405,8 +409,8 @@ def resident(
     rows, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, target_stride, sample_stride, upstream_stride,
     ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
-    ACCESS: tl.constexpr, DIMS: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr, RESCALE: tl.constexpr, SHARES: tl.constexpr,
-    A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
+    ACCESS: tl.constexpr, DIMS: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr, RESCALE: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, SHARES: tl.constexpr,
+    A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Rows that one program holds in registers: one read of the logits, and of the gradient one write where g_ptr is given.
 
@@ -428,23 +432,30 @@ def resident(
     elif divisor_ptr is not None and upstream_ptr is not None:
         inverse = 1.0 / tl.load(divisor_ptr + tl.arange(0, 1))
 
+    work = True
+    if upstream_ptr is not None and not UPSTREAM_ROWS:
+        up = tl.load(upstream_ptr)
+        inverse = inverse * up
+        if RESCALE:  # the forward's gradient stands where nothing comes from above but 1
+            work = up != 1.0
+
     column = tl.expand_dims(tl.arange(0, A) * B, 1) + tl.expand_dims(tl.arange(0, B), 0)  # [A, B]
     column = tl.expand_dims(column, 1)  # [A, 1, B]
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
-        work = True
         scale = tl.zeros((R,), DTYPE) + inverse
-        if upstream_ptr is not None:
+        if upstream_ptr is not None and UPSTREAM_ROWS:
             up = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=row < rows, other=1.0)
             scale = scale * up
-            if RESCALE:  # the forward's gradient stands where nothing comes from above but 1
+            if RESCALE:
                 work = tl.max((up != 1.0).to(tl.int32), 0) != 0
         if work:
-            y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
+            y, counted, good = _labels_once(target_ptr, row, rows, target_stride, ignore_index, K, COPIES)
             w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
             live = counted & good
             scale = tl.where(live, scale, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
             reads = _across(live)
+            nothing = tl.where(reads, -inf, 0.0)  # a row that asks for no gradient is flat, not masked
             label = _across(y)
             z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
             g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
@@ -462,64 +473,109 @@ def resident(
                 c = (j // (R * B)) * B + j % B
                 index = tl.where(c < K, (j // B) % R * K + c, 0)
                 z = tl.reshape(tl.gather(run, tl.reshape(index, (A * R * B,)), 0), (A, R, B)).to(DTYPE)
-                z = tl.where((c < K) & reads, z, -inf)
-                first = tl.zeros((1, 1, 1), tl.int32)
                 exists = c < K
+                z = tl.where(reads, tl.where(exists, z, -inf), 0.0)
             elif ACCESS == ALIGNED:
                 # 16-byte accesses need a start that is a multiple of ALIGN; what lies before and behind is the edge
                 low = (z_row + (ALIGN - 1)) // ALIGN * ALIGN
                 high = (z_row + K) // ALIGN * ALIGN
                 first = _across((low - z_row).to(tl.int32))
                 length = (high // ALIGN - low // ALIGN).to(tl.int32) * ALIGN
-                exists = column < _across(length)
+                exists = (column < K // ALIGN * ALIGN - 2 * ALIGN) | (column < _across(length))  # most of it known when compiled
                 z_at = _across(low) + column
                 c = column + first
-                z = tl.load(z_ptr + z_at, mask=exists & reads, other=-inf).to(DTYPE)
+                z = tl.load(z_ptr + z_at, mask=exists & reads, other=nothing).to(DTYPE)
                 edge = tl.expand_dims(tl.expand_dims(tl.arange(0, 2 * ALIGN), 0), 0)
                 head = edge < ALIGN
                 edge_c = tl.where(head, edge, edge - ALIGN + first + _across(length))
                 edge_exists = tl.where(head, edge < first, edge_c < K)
-                edge_z = tl.load(z_ptr + _across(z_row) + edge_c, mask=edge_exists & reads, other=-inf).to(DTYPE)
+                edge_z = tl.load(z_ptr + _across(z_row) + edge_c, mask=edge_exists & reads, other=nothing).to(DTYPE)
             else:
                 c = column
                 exists = c < K
                 step = c.to(tl.int64) * sc if WIDE else c * sc
-                z = tl.load(z_ptr + _across(z_row) + step, mask=exists & reads, other=-inf).to(DTYPE)
+                z = tl.load(z_ptr + _across(z_row) + step, mask=exists & reads, other=nothing).to(DTYPE)
             # ---- reduce
-            is_y = c == label
-            others = exists & (c != label)
+            if ACCESS == ALIGNED:
+                is_y = column == label - first
+                is_y = is_y & exists
+            else:
+                is_y = c == label
+            others = exists & (is_y == 0)
             z_y = _sum(tl.where(is_y, z, 0.0))
             z = tl.where(is_y, -inf, z)
             m = _max(z)
-            w = None
-            edge_w = None
             if ACCESS == ALIGNED:
                 edge_is_y = (edge_c == label) & edge_exists
                 edge_others = edge_exists & (edge_c != label)
                 z_y += _sum(tl.where(edge_is_y, edge_z, 0.0))
                 edge_z = tl.where(edge_is_y, -inf, edge_z)
                 m = tl.maximum(m, _max(edge_z))
-                if WEIGHTED and SMOOTH:
-                    edge_w = tl.load(weight_ptr + edge_c, mask=edge_exists, other=0.0)
-            if WEIGHTED and SMOOTH:
-                w = tl.load(weight_ptr + c, mask=exists, other=0.0)
             base = _finite(m)
-            x, e, n, s1_, s2_, sx, x1, sw, swx = _sums(z, others, w, base, KIND, SMOOTH)
+            x = z - _across(base)
+            e = _exp(x)
+            s1_ = _sum(e)
+            x = tl.where(others, x, 0.0)
             if ACCESS == ALIGNED:
-                edge_x, edge_e, n_, s1__, s2__, sx_, x1_, sw_, swx_ = _sums(edge_z, edge_others, edge_w, base, KIND, SMOOTH)
-                n += n_
-                s1_ += s1__
-                s2_ += s2__
-                sx += sx_
-                x1 += x1_
-                sw += sw_
-                swx += swx_
-            mean = x1 / tl.where(n == 0.0, 1.0, n)
-            m2 = tl.zeros_like(mean)
-            if KIND == LOGIT_VARIANCE:
-                m2 = _squares(z, x, mean)
+                edge_x = edge_z - _across(base)
+                edge_e = _exp(edge_x)
+                s1_ += _sum(edge_e)
+                edge_x = tl.where(edge_others, edge_x, 0.0)
+            zero = tl.zeros_like(s1_)
+            n = zero + (K - 1)
+            mean = zero
+            m2 = zero
+            s2_ = zero
+            sx = zero
+            sw = zero
+            swx = zero
+            w = None
+            edge_w = None
+            holes = False
+            if KIND != 0 or SMOOTH:
+                x1 = _sum(x)
                 if ACCESS == ALIGNED:
-                    m2 += _squares(edge_z, edge_x, mean)
+                    x1 += _sum(edge_x)
+                if SMOOTH:
+                    if WEIGHTED:
+                        w = tl.load(weight_ptr + c, mask=exists, other=0.0)
+                        sw = _sum(tl.where(others, w, 0.0))
+                        swx = _sum(tl.where(others, w * x, 0.0))
+                        if ACCESS == ALIGNED:
+                            edge_w = tl.load(weight_ptr + edge_c, mask=edge_exists, other=0.0)
+                            sw += _sum(tl.where(edge_others, edge_w, 0.0))
+                            swx += _sum(tl.where(edge_others, edge_w * edge_x, 0.0))
+                    else:
+                        sw = n
+                        swx = x1
+                # masked classes are rare: only where a sum shows one is anything asked of single elements
+                holes = tl.max((x1 == -inf).to(tl.int32), 0) != 0
+                if holes:
+                    n = _count(z).to(DTYPE)
+                    x = _fill(x, z)
+                    x1 = _sum(x)
+                    if ACCESS == ALIGNED:
+                        n += _count(edge_z).to(DTYPE)
+                        edge_x = _fill(edge_x, edge_z)
+                        x1 += _sum(edge_x)
+                mean = x1 / tl.where(n == 0.0, 1.0, n)
+            if KIND == LOGIT_VARIANCE:
+                if holes:
+                    m2 = _squares(x, mean, z != -inf)
+                else:
+                    # the true class stands in as x = 0, the maximum, whose square M2 exceeds
+                    m2 = _squares(x, mean, exists) - mean * mean
+                if ACCESS == ALIGNED:
+                    # the edges' one element a thread is not worth a branch
+                    m2 += _squares(edge_x, mean, edge_z != -inf) + tl.where(holes | (_sum(edge_is_y.to(tl.int32)) == 0), 0.0, mean * mean)
+            if KIND == KL:
+                sx = _dot(e, x, others)
+                if ACCESS == ALIGNED:
+                    sx += _dot(edge_e, edge_x, edge_others)
+            if KIND == CHI2 or KIND == VARIANCE:
+                s2_ = _dot(e, e, others)
+                if ACCESS == ALIGNED:
+                    s2_ += _dot(edge_e, edge_e, edge_others)
             # ---- finish
             loss, ce, div, a, b, t, e0, e1, ew, g_y = _finish(
                 n, m, s1_, s2_, sx, mean, m2, sw, swx, z_y, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
@@ -538,7 +594,12 @@ def resident(
                     acc_div += div
             # ---- spread
             if g_ptr is not None:
-                dz = _spread(z, x, e, is_y, w, scale, a, b, t, e0, e1, ew, g_y, KIND, SMOOTH)
+                a, b, t, e0, e1, ew, g_y = a * scale, b * scale, t * scale, e0 * scale, e1 * scale, ew * scale, g_y * scale
+                dz = _spread(x, e, w, a, b, t, e0, e1, ew, KIND, SMOOTH)
+                if KIND != 0 or SMOOTH:
+                    if holes:
+                        dz = _spread_holes(dz, z, w, a, ew, SMOOTH)
+                dz = tl.where(is_y, _across(g_y), dz)
                 dz = dz.to(g_ptr.dtype.element_ty)
                 there = _across(row < rows)
                 if ACCESS == FLAT:
@@ -551,7 +612,8 @@ def resident(
                     else:
                         tl.store(g_ptr + start + flat, run, mask=flat < count)
                 elif ACCESS == ALIGNED:
-                    edge_dz = _spread(edge_z, edge_x, edge_e, edge_is_y, edge_w, scale, a, b, t, e0, e1, ew, g_y, KIND, SMOOTH)
+                    edge_dz = _spread(edge_x, edge_e, edge_w, a, b, t, e0, e1, ew, KIND, SMOOTH)
+                    edge_dz = tl.where(edge_is_y, _across(g_y), _spread_holes(edge_dz, edge_z, edge_w, a, ew, SMOOTH))
                     if SAME:
                         g_at = z_at
                     else:
@@ -580,29 +642,62 @@ def resident(
 
 @triton.jit
 def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexpr, SMOOTH: tl.constexpr):
-    """Merge a tile z [A, lanes, B] into the moments of each lane; all of them are relative to the lane's maximum m."""
+    """Merge a tile z [A, lanes, B], -inf outside the complement, into the moments of each lane, relative to its maximum m.
+
+    ``others``: the classes that there are but the true one.
+    """
     inf = float("inf")
     top = tl.maximum(m, _max(z))
     base = _finite(top)
     shift = tl.where(m == -inf, 0.0, m - base)
     shrink = _exp(m - base)
-    x, _, n_, s1_, s2_, sx_, x1, sw_, swx_ = _sums(z, others, w, base, KIND, SMOOTH)
-    if KIND == KL:
-        sx = shrink * (sx + s1 * shift) + sx_
-    s1 = s1 * shrink + s1_
+    x = z - _across(base)
+    e = _exp(x)
+    s1_ = _sum(e)
     if KIND == CHI2 or KIND == VARIANCE:
-        s2 = s2 * (shrink * shrink) + s2_
-    if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
-        mean_ = x1 / tl.where(n_ == 0.0, 1.0, n_)
-        gap = mean_ - (mean + shift)
-        part = n_ / tl.where(n + n_ == 0.0, 1.0, n + n_)
-        if KIND == LOGIT_VARIANCE:
-            m2 += _squares(z, x, mean_) + gap * gap * (n * part)
-        mean = mean + shift + gap * part
-    if SMOOTH:
-        swx += sw * shift + swx_
-        sw += sw_
-    return n + n_, top, s1, s2, sx, mean, m2, sw, swx
+        s2 = s2 * (shrink * shrink) + _dot(e, e, others)
+    if KIND != 0 or SMOOTH:
+        n_ = tl.zeros_like(s1) + z.shape[0] * z.shape[2]
+        x1 = _sum(x)
+        sw_ = n_
+        swx_ = x1
+        # only where the sum shows something masked, the true class or the row's end is anything asked of single elements
+        holes = tl.max((x1 == -inf).to(tl.int32), 0) != 0
+        inside = z != -inf
+        if holes:
+            if SMOOTH:
+                if w is None:
+                    sw_ = _sum(others.to(tl.float32)).to(s1.dtype)
+                    swx_ = _sum(tl.where(others, x, 0.0))
+            n_ = _count(z).to(s1.dtype)
+            x1 = _sum(_fill(x, z))
+        if SMOOTH:
+            if w is not None:
+                sw_ = _sum(tl.where(others, w, 0.0))
+                swx_ = _sum(tl.where(others, w * x, 0.0))
+            swx = swx + sw * shift + swx_
+            sw += sw_
+        if KIND == KL:
+            sx_ = tl.zeros_like(s1)
+            if holes:
+                sx_ = _dot(e, _fill(x, z), inside)
+            else:
+                sx_ = _dot(e, x, inside)
+            sx = shrink * (sx + s1 * shift) + sx_
+        if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
+            mean_ = x1 / tl.where(n_ == 0.0, 1.0, n_)
+            gap = mean_ - (mean + shift)
+            part = n_ / tl.where(n + n_ == 0.0, 1.0, n + n_)
+            if KIND == LOGIT_VARIANCE:
+                if holes:
+                    m2_ = _squares(x, mean_, inside)
+                else:
+                    d = x - _across(mean_)
+                    m2_ = _dot(d, d, inside)
+                m2 += m2_ + gap * gap * (n * part)
+            mean = mean + shift + gap * part
+        n += n_
+    return n, top, s1 * shrink + s1_, s2, sx, mean, m2, sw, swx
 
 
 @triton.jit
@@ -826,7 +921,9 @@ def long_spread(
         n, m, s1_, moment, moment, moment, zero, sw, zero, z_y, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
         KIND, SMOOTH, WEIGHTED, Z_LOSS,
     )  # fmt: skip
+    a_, b_, t_, e0, e1, ew, g_y = a_ * scale, b_ * scale, t_ * scale, e0 * scale, e1 * scale, ew * scale, g_y * scale
     base = _finite(m)
+    holes = (n != K - 1) | (live == 0)
     z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
     g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
     a = tl.expand_dims(tl.expand_dims(tl.arange(0, A), 1), 2)
@@ -850,8 +947,15 @@ def long_spread(
         if SMOOTH and weight_ptr is not None:
             w = tl.load(weight_ptr + (first + start) + i, mask=exists, other=0.0)
         x = z - base
+        dz = _spread(x, _exp(x), w, a_, b_, t_, e0, e1, ew, KIND, SMOOTH)
+        if KIND != 0 or SMOOTH:
+            if holes:
+                dz = _spread(_fill(x, z), _exp(x), w, a_, b_, t_, e0, e1, ew, KIND, SMOOTH)
+                dz = _spread_holes(dz, z, w, a_, ew, SMOOTH)
         here = y - first - start
-        dz = _spread(z, x, _exp(x), i == here, w, scale, a_, b_, t_, e0, e1, ew, g_y, KIND, SMOOTH).to(g_ptr.dtype.element_ty)
+        if (here >= 0) & (here < TILE):
+            dz = tl.where(i == here, g_y, dz)
+        dz = dz.to(g_ptr.dtype.element_ty)
         if ALIGN > 0 and SAME:
             tl.store(g_ptr + at + i, dz, mask=exists)
         else:
@@ -866,5 +970,6 @@ def long_spread(
             if SMOOTH and weight_ptr is not None:
                 w = tl.load(weight_ptr + c, mask=exists, other=0.0)
             x = z - base
-            dz = _spread(z, x, _exp(x), c == y, w, scale, a_, b_, t_, e0, e1, ew, g_y, KIND, SMOOTH)
+            dz = _spread(_fill(x, z), _exp(x), w, a_, b_, t_, e0, e1, ew, KIND, SMOOTH)
+            dz = tl.where(c == y, g_y, _spread_holes(dz, z, w, a_, ew, SMOOTH))
             tl.store(g_ptr + g_row + c.to(tl.int64) * tc, dz.to(g_ptr.dtype.element_ty), mask=exists)

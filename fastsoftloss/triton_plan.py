@@ -79,7 +79,7 @@ def plan(
 
     run = 0
     if by_vector and tuple(row_strides) == (classes,) and 1 <= classes <= _FLAT_CLASSES and itemsize < 8:
-        access, warps = FLAT, 4
+        access, warps = FLAT, 2
         b = _pow2(-(-classes // 32))
         a, r = _pow2(-(-classes // b)), 32 * warps // b
         run = _pow2(r * classes)
