@@ -641,10 +641,10 @@ def resident(
 
 
 @triton.jit
-def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexpr, SMOOTH: tl.constexpr):
+def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, c, y, exists, w, KIND: tl.constexpr, SMOOTH: tl.constexpr):
     """Merge a tile z [A, lanes, B], -inf outside the complement, into the moments of each lane, relative to its maximum m.
 
-    ``others``: the classes that there are but the true one.
+    c: the tile's classes, y the true one among them, ``exists``: which are there at all.
     """
     inf = float("inf")
     top = tl.maximum(m, _max(z))
@@ -655,7 +655,7 @@ def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexp
     e = _exp(x)
     s1_ = _sum(e)
     if KIND == CHI2 or KIND == VARIANCE:
-        s2 = s2 * (shrink * shrink) + _dot(e, e, others)
+        s2 = s2 * (shrink * shrink) + _dot(e, e, exists)
     if KIND != 0 or SMOOTH:
         n_ = tl.zeros_like(s1) + z.shape[0] * z.shape[2]
         x1 = _sum(x)
@@ -663,16 +663,17 @@ def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexp
         swx_ = x1
         # only where the sum shows something masked, the true class or the row's end is anything asked of single elements
         holes = tl.max((x1 == -inf).to(tl.int32), 0) != 0
-        inside = z != -inf
         if holes:
             if SMOOTH:
                 if w is None:
+                    others = exists & (c != y)
                     sw_ = _sum(others.to(tl.float32)).to(s1.dtype)
                     swx_ = _sum(tl.where(others, x, 0.0))
             n_ = _count(z).to(s1.dtype)
             x1 = _sum(_fill(x, z))
         if SMOOTH:
             if w is not None:
+                others = exists & (c != y)
                 sw_ = _sum(tl.where(others, w, 0.0))
                 swx_ = _sum(tl.where(others, w * x, 0.0))
             swx = swx + sw * shift + swx_
@@ -680,9 +681,9 @@ def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexp
         if KIND == KL:
             sx_ = tl.zeros_like(s1)
             if holes:
-                sx_ = _dot(e, _fill(x, z), inside)
+                sx_ = _dot(e, _fill(x, z), exists)
             else:
-                sx_ = _dot(e, x, inside)
+                sx_ = _dot(e, x, exists)
             sx = shrink * (sx + s1 * shift) + sx_
         if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
             mean_ = x1 / tl.where(n_ == 0.0, 1.0, n_)
@@ -690,10 +691,10 @@ def _absorb(n, m, s1, s2, sx, mean, m2, sw, swx, z, others, w, KIND: tl.constexp
             part = n_ / tl.where(n + n_ == 0.0, 1.0, n + n_)
             if KIND == LOGIT_VARIANCE:
                 if holes:
-                    m2_ = _squares(x, mean_, inside)
+                    m2_ = _squares(x, mean_, z != -inf)
                 else:
                     d = x - _across(mean_)
-                    m2_ = _dot(d, d, inside)
+                    m2_ = _dot(d, d, exists)
                 m2 += m2_ + gap * gap * (n * part)
             mean = mean + shift + gap * part
         n += n_
@@ -776,7 +777,7 @@ def long_reduce(
             if SMOOTH and weight_ptr is not None:
                 w = tl.load(weight_ptr + (first + start) + i, mask=exists, other=0.0)
             n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(
-                n, m, s1_, s2_, sx, mean, m2, sw, swx, z, exists & (i != label), w, KIND, SMOOTH
+                n, m, s1_, s2_, sx, mean, m2, sw, swx, z, i, label, exists, w, KIND, SMOOTH
             )
         if ALIGN > 0:
             if split == 0:
@@ -788,7 +789,7 @@ def long_reduce(
                 if SMOOTH and weight_ptr is not None:
                     w = tl.load(weight_ptr + c, mask=exists, other=0.0)
                 n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(
-                    n, m, s1_, s2_, sx, mean, m2, sw, swx, z, exists & (c != y), w, KIND, SMOOTH
+                    n, m, s1_, s2_, sx, mean, m2, sw, swx, z, c, y, exists, w, KIND, SMOOTH
                 )
     n, m, s1_, s2_, sx, mean, m2, sw, swx = _merge_lanes(n, m, s1_, s2_, sx, mean, m2, sw, swx, 0)
     at = moments_ptr + tl.cast(program, tl.int64)

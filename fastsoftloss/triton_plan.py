@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 def fits(classes: int, itemsize: int) -> bool:
     """Whether one program holds a row of this many classes; a property of the dtype alone, so that shapes decide it."""
-    return classes <= (8192 if itemsize == 8 else 16384)
+    return classes <= (4096 if itemsize == 8 else 8192)
 
 
 def _pow2(n: int) -> int:
@@ -85,20 +85,21 @@ def plan(
         run = _pow2(r * classes)
     elif by_vector and classes >= 2 * align:
         access = ALIGNED
-        lanes = max(8, _pow2(-(-classes // (64 if itemsize < 8 else 32))))
+        lanes = max(8, _pow2(-(-classes // (32 if itemsize < 8 else 16))))  # more elements a thread would spill
         warps, r = max(1, lanes // 32), max(1, 32 // lanes)
         b = lanes * vector
         a = _pow2(-(-classes // b))
     else:
         access, warps = STRIDED, 4
         padded = _pow2(classes)
+        size = 4096 if itemsize < 8 else 2048
         if class_stride == 1:
             b = min(padded, 128)
-            r = max(1, 2048 // padded)
+            r = max(1, size // 2 // padded)
         else:
-            r = max(1, min(128, 4096 // padded))
+            r = max(1, min(128, size // padded))
             b = min(padded, 128 // r)
         a = padded // b
-        warps = max(4, min(32, padded * r // 32 // 64))
+        warps = max(4, min(32, padded * r // 32 // (32 if itemsize < 8 else 16)))
     programs = min(-(-rows // r), multiprocessors * max(1, 32 // warps))
     return Plan(True, access, a, r, b, run, align, warps, programs, 1, 1)
