@@ -8,8 +8,7 @@ dz_j = e^x (A + B e^x + T x) + E0 + E1 x - EW w_j for every penalty; a new penal
 Tiles are [A, R, B]: class a * B + b of row r, so that a thread holds one row's a in registers and few threads share a row.
 """
 
-from __future__ import annotations
-
+# ruff: noqa: F821 (the dtype of a scalar argument is a string to Triton)
 import triton
 import triton.language as tl
 
@@ -379,7 +378,9 @@ def total(partials_ptr, divisor_ptr, loss_ptr, parts_ptr, programs, REDUCTION: t
 
 
 @triton.jit(do_not_specialize=["rows", "K"])
-def divisors(target_ptr, weight_ptr, sample_ptr, out_ptr, counter_ptr, rows, K, target_stride, sample_stride, ignore_index, BLOCK: tl.constexpr):
+def divisors(
+    target_ptr, weight_ptr, sample_ptr, out_ptr, counter_ptr, rows, K, target_stride, sample_stride, ignore_index, BLOCK: tl.constexpr
+):
     """out[program]: its share of the summed weights of the rows that count, which the mean divides by."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -776,9 +777,7 @@ def long_reduce(
             w = None
             if SMOOTH and weight_ptr is not None:
                 w = tl.load(weight_ptr + (first + start) + i, mask=exists, other=0.0)
-            n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(
-                n, m, s1_, s2_, sx, mean, m2, sw, swx, z, i, label, exists, w, KIND, SMOOTH
-            )
+            n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(n, m, s1_, s2_, sx, mean, m2, sw, swx, z, i, label, exists, w, KIND, SMOOTH)
         if ALIGN > 0:
             if split == 0:
                 j = tl.expand_dims(tl.expand_dims(tl.arange(0, L), 0), 2)
@@ -788,9 +787,7 @@ def long_reduce(
                 w = None
                 if SMOOTH and weight_ptr is not None:
                     w = tl.load(weight_ptr + c, mask=exists, other=0.0)
-                n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(
-                    n, m, s1_, s2_, sx, mean, m2, sw, swx, z, c, y, exists, w, KIND, SMOOTH
-                )
+                n, m, s1_, s2_, sx, mean, m2, sw, swx = _absorb(n, m, s1_, s2_, sx, mean, m2, sw, swx, z, c, y, exists, w, KIND, SMOOTH)
     n, m, s1_, s2_, sx, mean, m2, sw, swx = _merge_lanes(n, m, s1_, s2_, sx, mean, m2, sw, swx, 0)
     at = moments_ptr + tl.cast(program, tl.int64)
     field = tl.cast(rows, tl.int64) * splits

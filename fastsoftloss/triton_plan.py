@@ -75,7 +75,9 @@ def plan(
         splits = min(all_tiles, max(1, -(-wanted // max(rows, 1))))
         tiles = -(-all_tiles // splits)
         splits = -(-all_tiles // tiles)
-        return Plan(False, ALIGNED if by_vector else STRIDED, a, lanes, b, 0, align if by_vector else 0, warps, rows * splits, splits, tiles)
+        return Plan(
+            False, ALIGNED if by_vector else STRIDED, a, lanes, b, 0, align if by_vector else 0, warps, rows * splits, splits, tiles
+        )
 
     run = 0
     if by_vector and tuple(row_strides) == (classes,) and 1 <= classes <= _FLAT_CLASSES and itemsize < 8:

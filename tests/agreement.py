@@ -73,7 +73,9 @@ def agree(
         error = (a.detach().double() - b.detach()).abs()
         allowed = tolerance * (b.detach().abs() + 0.1 * scale) + 1e-37
         good = (a.detach().double() == b) | (a.isnan() & b.isnan()) | (error <= allowed)
-        assert good.all(), f"{name}: {a[~good].tolist()[:4] if a.dim() else a.item()} is not {b[~good].tolist()[:4] if b.dim() else b.item()}"
+        assert good.all(), (
+            f"{name}: {a[~good].tolist()[:4] if a.dim() else a.item()} is not {b[~good].tolist()[:4] if b.dim() else b.item()}"
+        )
 
     up = torch.ones((), dtype=arithmetic) if upstream is None else torch.as_tensor(upstream, dtype=arithmetic)
     up = up.expand(got.loss.shape)
