@@ -27,7 +27,7 @@ def runs_on_cpu() -> bool:
         return True
     try:
         return triton.runtime.driver.active.get_active_torch_device().type == "cpu"
-    except Exception:  # no driver at all, and Triton has no one class of error for that
+    except Exception:  # noqa: BLE001 - no driver at all, and Triton has no one class of error for that
         return False
 
 

@@ -15,12 +15,12 @@ triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from fastsoftloss import ops  # noqa: E402
-from fastsoftloss import triton_kernels as kernels  # noqa: E402
-from fastsoftloss.triton_plan import plan  # noqa: E402
+from fastsoftloss import ops
+from fastsoftloss import triton_kernels as kernels
+from fastsoftloss.triton_plan import plan
 
 NVIDIA = (80, 90, 100, 120)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}

@@ -45,7 +45,7 @@ def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch)
     # one multiprocessor: programs have many rows each, as they do where a batch fills a device
     monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
     operators = functional.backends.choose("triton", torch.device("cpu"))
-    rows = 4096 if classes <= 100 else max(3, 400_000 // classes)
+    rows = 4096 if classes <= 100 else max(3, 1_200_000 // classes)
     logits = (2 * torch.randn(rows, classes)).bfloat16()
     target = torch.randint(classes, (rows,))
     (_, _, _, moments), *forward = measure(sim, lambda: operators.forward(logits, target, *DEFAULT, False, False))

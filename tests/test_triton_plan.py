@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastsoftloss.triton_backend import collapse  # noqa: E402
-from fastsoftloss.triton_plan import ALIGNED, FLAT, STRIDED, fits, plan  # noqa: E402
+from fastsoftloss.triton_backend import collapse
+from fastsoftloss.triton_plan import ALIGNED, FLAT, STRIDED, fits, plan
 
 
 @pytest.mark.parametrize(("itemsize", "aligned", "class_stride"), itertools.product((2, 4, 8), (True, False), (1, 49)))
