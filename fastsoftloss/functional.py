@@ -172,24 +172,16 @@ def cross_entropy(
     by_row_weight = sample_weight is not None and sample_weight.requires_grad or weight is not None and weight.requires_grad
     if operators is None or by_row_weight:  # the kernels have no gradient for the weights
         return _by_reference(
-            logits,
-            target,
-            weight,
-            ignore_index,
-            reduction,
-            label_smoothing,
-            diversity,
-            diversity_weight,
-            z_loss,
-            sample_weight,
-            return_components,
+            logits, target, weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss, sample_weight, return_components
         )
     dtype = reference.accumulation_dtype(logits.dtype)
     if weight is not None:
         weight = weight.to(dtype).contiguous()
     if sample_weight is not None:
         sample_weight = sample_weight.to(dtype)
-    options = ops.Options(ignore_index, _REDUCTION_INDEX[reduction], label_smoothing, _DIVERSITY_INDEX[diversity], diversity_weight, z_loss)
+    options = ops.Options(
+        ignore_index, _REDUCTION_INDEX[reduction], label_smoothing, _DIVERSITY_INDEX[diversity], diversity_weight, z_loss
+    )
     try:
         loss, parts = ops.cross_entropy(operators, logits, target, weight, sample_weight, options, return_components)
     except RuntimeError:
