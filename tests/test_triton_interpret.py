@@ -17,6 +17,6 @@ def test_interpreted() -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", str(here / "test_triton_agreement.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, check=False, cwd=here.parent, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
