@@ -68,6 +68,13 @@ def _reference(logits: Tensor, target: Tensor, weight: Tensor | None, sample_wei
     )[0]
 
 
+def _check_devices(*tensors: Tensor | None) -> None:
+    """One meta tensor among others is enough for a fake to be called, and its result must not pass for a real one."""
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
+
+
 def _leaf(t: Tensor) -> Tensor:
     return t if t.requires_grad else t.detach().requires_grad_()
 
@@ -109,6 +116,7 @@ def define(
 
     def fake_forward(logits, target, weight, sample_weight, ignore_index, reduction, *rest):  # type: ignore[no-untyped-def]
         *_, parts, gradient = rest
+        _check_devices(logits, target, weight, sample_weight)
         dtype = reference.accumulation_dtype(logits.dtype)
         shape = target.shape if REDUCTIONS[reduction] == "none" else ()
         size, fused = outputs(logits, target, reduction)
@@ -119,7 +127,8 @@ def define(
             logits.new_empty(size, dtype=dtype),
         )
 
-    def fake_backward(upstream, moments, logits, *inputs):  # type: ignore[no-untyped-def]
+    def fake_backward(upstream, moments, logits, target, weight, sample_weight, *_):  # type: ignore[no-untyped-def]
+        _check_devices(upstream, moments, logits, target, weight, sample_weight)
         return torch.empty_like(logits)
 
     torch.library.register_fake(f"fastsoftloss::{name}", fake_forward, lib=_library)

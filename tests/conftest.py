@@ -83,9 +83,7 @@ def assert_near(got: Tensor, true: Tensor, bound: Any, what: str = "") -> None:
     wrong = ~(far <= 0)
     if wrong.any():
         i = np.argmax(np.nan_to_num(far, nan=np.inf))
-        pytest.fail(
-            f"{what}: {wrong.sum()} of {far.size} off the truth; the farthest is {got_[i]!r} for {true_[i]!r}, with a bound of {bound_[i]:.3g}"
-        )
+        pytest.fail(f"{what}: {wrong.sum()} of {far.size} off the truth; the farthest is {got_[i]} for {true_[i]}, bound {bound_[i]:.3g}")
 
 
 def rounding(true: Tensor, dtype: torch.dtype) -> Any:

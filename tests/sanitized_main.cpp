@@ -1,0 +1,185 @@
+// The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every instruction set that the machine has, on
+// every border of size, each stride and dtype, with buffers of exactly the size that is theirs. Prints how often and how
+// far a value was off the same loss worked out in double; exits with 1 if one was.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../csrc/cpu/cross_entropy.h"
+#include "../csrc/cpu/kernels.h"
+
+using namespace fastsoftloss;
+
+static std::mt19937 generator(0);
+static int failures = 0;
+static long values = 0;
+
+// A heap block of its own, so that one byte before or behind it is a report.
+template <class E>
+std::unique_ptr<E[]> block(int64_t count) {
+  return std::unique_ptr<E[]>(new E[count]);
+}
+
+static void store(char* p, Storage storage, double x) {
+  if (storage == Storage::float64)
+    store_one(x, storage, p);
+  else
+    store_one(float(x), storage, p);
+}
+
+static double load(const char* p, Storage storage) {
+  return storage == Storage::float64 ? load_one<double>(p, storage) : double(load_one<float>(p, storage));
+}
+
+static void expect(double got, double truth, double bound, const char* what, const char* isa, int64_t classes) {
+  ++values;
+  if (std::fabs(got - truth) <= bound || (std::isnan(got) && std::isnan(truth))) return;
+  if (++failures < 20) std::printf("%s, %s, %lld classes: %.9g for %.9g\n", isa, what, (long long)classes, got, truth);
+}
+
+static void serial(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  for (int64_t i = begin; i < end; i += grain) body(i, i + grain < end ? i + grain : end, context);
+}
+
+struct Layout {
+  int64_t step, row;  // in elements, from class to class and from row to row
+};
+
+template <class T>
+void check(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t classes, Storage storage, bool by_columns, Diversity diversity,
+           bool smoothing, bool weighted, bool shared) {
+  const int64_t bytes = bytes_of(storage);
+  const Layout at = by_columns ? Layout{rows, 1} : Layout{1, classes};
+  auto logits = block<char>(rows * classes * bytes), gradient = block<char>(rows * classes * bytes);
+  auto target = block<int64_t>(rows);
+  auto class_weight = block<T>(classes), sample_weight = block<T>(rows);
+  std::vector<std::unique_ptr<T[]>> losses;
+  for (int i = 0; i < 3; ++i) losses.push_back(block<T>(rows));
+  std::normal_distribution<double> normal(0, 3);
+  for (int64_t i = 0; i < rows * classes; ++i) store(&logits[i * bytes], storage, normal(generator));
+  for (int64_t j = 0; j < classes; ++j) class_weight[j] = T(0.5 + j % 3);
+  for (int64_t r = 0; r < rows; ++r) {
+    target[r] = r % 5 == 4 ? -100 : int64_t(generator() % classes);
+    if (r == 0) target[r] = classes - 1;
+    if (r == 1) target[r] = 0;
+    sample_weight[r] = T(0.25 + r % 2);
+  }
+
+  Job<T> job;
+  job.rows = rows, job.classes = classes, job.row_dims = 1, job.row_size[0] = rows, job.storage = storage;
+  job.logits = logits.get(), job.logits_rows.of[0] = at.row * bytes, job.logits_step = at.step * bytes;
+  job.gradient = gradient.get(), job.gradient_rows = job.logits_rows, job.gradient_step = job.logits_step;
+  job.target = reinterpret_cast<const char*>(target.get()), job.target_rows.of[0] = 8;
+  job.sample_weight = reinterpret_cast<const char*>(sample_weight.get()), job.sample_weight_rows.of[0] = sizeof(T);
+  if (weighted) job.class_weight = class_weight.get();
+  for (int i = 0; i < 3; ++i) job.row_losses[i] = losses[i].get();
+  LossOptions& o = job.options;
+  o.diversity = diversity, o.diversity_weight = 0.5, o.label_smoothing = smoothing ? 0.125 : 0, o.classes = double(classes);
+  o.class_weights = weighted, o.class_weight_sum = 0;
+  for (int64_t j = 0; j < classes; ++j) o.class_weight_sum += weighted ? double(class_weight[j]) : 1;
+
+  LossSums<T> sums;
+  if (!kernels) {  // the whole way, in the instruction set that it chooses
+    if (scan_targets(job, serial).outside >= 0) std::abort();
+    sums = run(job, serial);
+  } else if (!shared) {
+    kernels->rows(job, 0, rows, &sums);
+  } else {
+    const int64_t parts = (classes + kPart - 1) / kPart;
+    auto moments = block<RowMoments<T>>(parts);
+    for (int64_t r = 0; r < rows; ++r) {
+      RowGradient<T> slopes;
+      for (int64_t p = 0; p < parts; ++p) kernels->reduce_part(job, r, p, &moments[p]);
+      kernels->finish_row(job, r, moments.get(), &slopes, &sums);
+      for (int64_t p = 0; p < parts; ++p) kernels->spread_part(job, r, p, moments[0].m, slopes);
+      if (target[r] < 0)
+        for (int64_t j = 0; j < classes; ++j) store(&gradient[(r * at.row + j * at.step) * bytes], storage, 0);
+    }
+  }
+
+  // 1e-5: what float32 is held to; the terms here are of size 1
+  const double bound = sizeof(T) == 8 ? 1e-13 : 1e-5;
+  const double half = storage == Storage::bfloat16 ? 0x1p-9 : storage == Storage::float16 ? 0x1p-12 : 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto place = [&](int64_t j) { return (r * at.row + j * at.step) * bytes; };
+    RowMoments<double> whole;
+    const int64_t y = target[r];
+    for (int64_t j = 0; y >= 0 && j < classes; ++j) {
+      if (j == y) continue;
+      RowMoments<double> one;
+      one.n = one.s1 = one.s2 = 1, one.m = load(&logits[place(j)], storage), one.sw = double(class_weight[j]);
+      whole = merge<kAllMoments>(whole, one);
+    }
+    RowLoss<double> truth{};
+    if (y >= 0)
+      truth = finish(whole, load(&logits[place(y)], storage), weighted ? double(class_weight[y]) : 1.0, double(sample_weight[r]), 1.0, o);
+    const double size = 1 + std::fabs(truth.loss) + (y >= 0 && smoothing ? 10 : 0);
+    expect(losses[0][r], truth.loss, bound * size, "loss", isa, classes);
+    expect(losses[1][r], truth.cross_entropy, bound * size, "cross-entropy", isa, classes);
+    expect(losses[2][r], truth.diversity, bound * (size + std::fabs(truth.diversity)), "diversity", isa, classes);
+    const RowGradient<double>& g = truth.gradient;
+    for (int64_t j = 0; j < classes; ++j) {
+      const double x = y < 0 || j == y ? 0 : load(&logits[place(j)], storage) - whole.m, e = std::exp(x);
+      const double dz = y < 0 ? 0 : j == y ? g.label : e * (g.a + g.b * e + g.t * x) + g.e0 + g.e1 * x + g.ew * double(class_weight[j]);
+      const double terms = y < 0 ? 0
+                                 : std::fabs(g.label) + e * (std::fabs(g.a) + std::fabs(g.b) + 10 * std::fabs(g.t)) + std::fabs(g.e0) +
+                                       std::fabs(g.e1 * x) + std::fabs(g.ew) * 3;
+      expect(load(&gradient[place(j)], storage), dz, bound * terms + half * std::fabs(dz) + (half ? 0x1p-25 : 1e-35), "gradient", isa,
+             classes);
+    }
+  }
+}
+
+template <class T>
+void check_all(const Kernels<T>& (*kernels_for)(unsigned), const char* isa, Storage storage, bool thorough) {
+  const int64_t tile[] = {1, 2, 10, 15, 16, 17, 127, 128, 129, 300};                       // with a class stride: two looks at 129
+  const int64_t row[] = {129, 191, 192, 193, 1000, 4095, 4096, 4097, 8192, kRowLimit<T>};  // tails of 1, 63, 0; part borders
+  const int64_t shared[] = {kRowLimit<T> + 1, 3 * kPart, 3 * kPart + 1};
+  for (int d = 0; d <= int(Diversity::variance); ++d)
+    for (int mode = 0; mode < 3; ++mode) {  // plain, smoothing, smoothing with class weights
+      if (!thorough && (d + mode) % 3) continue;
+      const auto kind = static_cast<Diversity>(d);
+      LossOptions o;
+      o.diversity = kind, o.label_smoothing = mode ? 0.125 : 0, o.class_weights = mode == 2;
+      unsigned needs = moments_of(o);
+      if (needs & (needs - 1)) needs |= kAllMoments & ~kWeighted;
+      const Kernels<T>* kernels = kernels_for ? &kernels_for(needs) : nullptr;
+      for (int64_t classes : tile)
+        for (int64_t rows : {1, 7, 16, 33})
+          for (bool by_columns : {false, true})
+            check<T>(kernels, isa, rows, classes, storage, by_columns, kind, mode > 0, mode == 2, false);
+      const bool borders = kernels && (thorough || d < 2);  // sanitized code is slow
+      for (int64_t classes : row)
+        if (classes <= 1000 || borders)
+          check<T>(kernels, isa, classes > 1000 ? 1 : 3, classes, storage, false, kind, mode > 0, mode == 2, false);
+      for (int64_t classes : shared)
+        if (borders || !kernels) check<T>(kernels, isa, 1, classes, storage, false, kind, mode > 0, mode == 2, kernels != nullptr);
+    }
+}
+
+void check_isa(const Kernels<float>& (*floats)(unsigned), const Kernels<double>& (*doubles)(unsigned), const char* isa) {
+  const long before = values;
+  check_all<float>(floats, isa, Storage::float32, floats != nullptr);
+  check_all<double>(doubles, isa, Storage::float64, false);
+  check_all<float>(floats, isa, Storage::bfloat16, false);
+  check_all<float>(floats, isa, Storage::float16, false);
+  std::printf("%s: %ld values\n", isa, values - before);
+}
+
+int main() {
+  check_isa(nullptr, nullptr, instruction_set());
+  check_isa(baseline::kernels<float>, baseline::kernels<double>, "baseline kernels");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    check_isa(avx2::kernels<float>, avx2::kernels<double>, "AVX2 kernels");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    check_isa(avx512::kernels<float>, avx512::kernels<double>, "AVX-512 kernels");
+#endif
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
