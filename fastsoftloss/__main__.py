@@ -37,9 +37,10 @@ def main() -> int:
         if name in backends.missing():
             print(f"  {name:<10} missing: {backends.missing()[name]}")
             continue
-        for device in devices:
-            if not backends.serves(name, device):
-                continue
+        served = [device for device in devices if backends.serves(name, device)]
+        if not served:
+            print(f"  {name:<10} ready, but there is no device here that it serves")
+        for device in served:
             error = self_check(name, device)
             failed |= not error < 1e-5
             verdict = "agrees with" if error < 1e-5 else "DISAGREES WITH"

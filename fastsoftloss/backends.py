@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from fastsoftloss import ops
+from fastsoftloss import ops, triton_plan
 
 NAMES = ("cpu", "cuda", "triton", "reference")
+_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the best first
 _override = os.environ.get("FASTSOFTLOSS_BACKEND") or None
 
 _ready: dict[str, ops.Operators] = {}
@@ -24,17 +28,29 @@ def _load_cpu() -> None:
     try:
         kernels = importlib.import_module("fastsoftloss._C")
     except ImportError as error:
-        _missing["cpu"] = (
-            f"the C++ kernel is not built ({error}); install g++, then reinstall with `pip install --force-reinstall --no-deps .`"
-        )
+        remedy = "install g++, then `pip install --force-reinstall --no-deps .` in the source tree"
+        _missing["cpu"] = f"the C++ kernel is not built ({error}); {remedy}"
     else:
         _ready["cpu"] = operators
         _detail["cpu"] = f", {kernels.instruction_set()}"
 
 
+def _load_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        _missing["triton"] = "the package triton is not installed; `pip install 'triton>=3.5'`"
+        return
+
+    def later(function: str) -> Callable[..., Any]:  # importing triton takes longer than all the rest, and not every process needs it
+        return lambda *args: getattr(importlib.import_module("fastsoftloss.triton_backend"), function)(*args)
+
+    _ready["triton"] = ops.define("triton_cross_entropy", later("rescale"), triton_plan.outputs)
+    ops.implement("triton_cross_entropy", later("forward"), ("CUDA", "CPU"))
+    ops.implement("triton_cross_entropy_backward", later("backward"), ("CUDA", "CPU"))
+
+
 _load_cpu()
-_missing["cuda"] = "this version has no C++/CUDA kernels; the default on a GPU is the reference, in plain PyTorch"
-_missing["triton"] = "this version has no Triton kernels; the default on a GPU is the reference, in plain PyTorch"
+_load_triton()
+_missing["cuda"] = "this version has no C++/CUDA kernels; use backend='triton'"
 
 
 def missing() -> dict[str, str]:
@@ -48,17 +64,22 @@ def detail(name: str) -> str:
 
 
 def serves(name: str, device: torch.device) -> bool:
-    """Can the backend, if it is built, take tensors on this device?"""
-    return name == "reference" or name == device.type
+    """Can the backend, if it is there, take tensors on this device? Triton takes those on the CPU in its interpreter."""
+    if name == "triton" and device.type == "cpu":
+        return bool(importlib.import_module("fastsoftloss.triton_backend").runs_on_cpu())
+    return name == "reference" or device.type == ("cuda" if name == "triton" else name)
 
 
 def default(device: torch.device) -> str:
     """The backend for tensors on ``device`` when none is named."""
-    if device.type in _ready:
-        return device.type
-    if device.type in _missing and device.type not in _warned and not torch.compiler.is_compiling():
+    names = _DEFAULTS.get(device.type, ())
+    for name in names:
+        if name in _ready:
+            return name
+    if names and device.type not in _warned and not torch.compiler.is_compiling():
         _warned.add(device.type)
-        warnings.warn(f"fastsoftloss runs in plain PyTorch on {device.type}, several times slower: {_missing[device.type]}", stacklevel=4)
+        reasons = "; ".join(f"{name}: {_missing[name]}" for name in names)
+        warnings.warn(f"fastsoftloss runs in plain PyTorch on {device.type}, several times slower. {reasons}", stacklevel=4)
     return "reference"
 
 
@@ -75,5 +96,6 @@ def choose(name: str | None, device: torch.device) -> ops.Operators | None:
     if name in _missing:
         raise RuntimeError(f"backend={name!r} is not available: {_missing[name]}")
     if not serves(name, device):
-        raise ValueError(f"backend={name!r} does not serve tensors on {device}; it takes them on its own device")
+        hint = "; it does in Triton's interpreter, with TRITON_INTERPRET=1" if name == "triton" else ""
+        raise ValueError(f"backend={name!r} does not serve tensors on {device}{hint}")
     return _ready[name]

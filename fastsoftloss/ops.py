@@ -7,7 +7,7 @@ Eager calls go through :class:`_CrossEntropy`, a plain autograd Function over th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +96,19 @@ def rescale_on_host(dlogits: Tensor, upstream: Tensor, *_: Any) -> Tensor | None
     return dlogits.mul_(upstream if upstream.dim() == 0 or dlogits.dim() == 1 else upstream.unsqueeze(1))
 
 
-def define(name: str, rescale: Callable[..., Tensor | None] = rescale_on_host) -> Operators:
-    """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; the kernels are registered elsewhere."""
+def _no_moments(logits: Tensor, target: Tensor, reduction: int) -> tuple[int, bool]:
+    return 0, True
+
+
+def define(
+    name: str,
+    rescale: Callable[..., Tensor | None] = rescale_on_host,
+    outputs: Callable[[Tensor, Tensor, int], tuple[int, bool]] = _no_moments,
+) -> Operators:
+    """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; their kernels are registered beside them.
+
+    ``outputs(logits, target, reduction)`` gives the size of ``moments``, and whether the forward can write the gradient.
+    """
     _library.define(f"{name}{_FORWARD}")  # type: ignore[no-untyped-call]
     _library.define(f"{name}_backward{_BACKWARD}")  # type: ignore[no-untyped-call]
     forward = getattr(torch.ops.fastsoftloss, name).default
@@ -108,12 +119,12 @@ def define(name: str, rescale: Callable[..., Tensor | None] = rescale_on_host) -
         _check_devices(logits, target, weight, sample_weight)
         dtype = reference.accumulation_dtype(logits.dtype)
         shape = target.shape if REDUCTIONS[reduction] == "none" else ()
-        nothing = logits.new_empty(0, dtype=dtype)
+        size, fused = outputs(logits, target, reduction)
         return (
             logits.new_empty(shape, dtype=dtype),
-            logits.new_empty((2, *shape), dtype=dtype) if parts else nothing,
-            torch.empty_like(logits) if gradient else logits.new_empty(0),
-            logits.new_empty(0, dtype=dtype),
+            logits.new_empty((2, *shape) if parts else 0, dtype=dtype),
+            torch.empty_like(logits) if gradient and fused else logits.new_empty(0),
+            logits.new_empty(size, dtype=dtype),
         )
 
     def fake_backward(upstream, moments, logits, target, weight, sample_weight, *_):  # type: ignore[no-untyped-def]
@@ -152,6 +163,12 @@ def define(name: str, rescale: Callable[..., Tensor | None] = rescale_on_host) -
     torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
     torch.library.register_autograd(f"fastsoftloss::{name}_backward", backward_gradient, setup_context=save_backward, lib=_library)
     return Operators(forward, backward, rescale)
+
+
+def implement(name: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:
+    """Register a kernel written in Python for ``fastsoftloss::{name}``."""
+    for device in devices:
+        _library.impl(name, kernel, device)  # type: ignore[no-untyped-call]
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -1,0 +1,63 @@
+"""What the compiled Triton kernels cost: traffic and instructions. Evidence: simulated (PTX for sm_80, executed in ptxsim)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from triton_mode import INTERPRETED, simulator
+
+from fastsoftloss import functional, ops
+
+DEFAULT = (None, None, -100, ops.REDUCTIONS.index("mean"), 0.0, ops.DIVERSITIES.index("logit_variance"), 1.0, 0.0)
+# classes: (traffic over the minimum: forward, backward, fused), (instructions an element: the same), in bfloat16.
+# The minimum: logits and labels read once, and the gradient written once where there is one.
+CEILINGS = {
+    10: ((1.05, 1.05, 1.3), (45, 50, 65)),
+    100: ((1.03, 1.03, 1.05), (33, 38, 45)),
+    1000: ((1.03, 1.03, 1.03), (29, 27, 34)),
+    1003: ((1.03, 1.03, 1.03), (29, 27, 34)),
+    4096: ((1.03, 1.03, 1.03), (32, 28, 38)),
+    50257: ((1.03, 1.03), (16, 11)),
+    128256: ((1.03, 1.03), (14.5, 10)),
+}
+
+
+def measure(sim: Any, run: Callable[[], Any]) -> tuple[Any, int, int]:
+    """(result, bytes in 32-byte sectors, instructions) of the launches of ``run``."""
+    import roofline  # type: ignore[import-not-found]
+
+    start = len(sim.launches)
+    result = run()
+    stats = [launch[-1] for launch in sim.launches[start:]]
+    moved = sum(way["sector_bytes"] for s in stats for argument in s["traffic"].values() for way in argument.values())
+    return result, moved, sum(n for s in stats for op, n in s["opcodes"].items() if op not in roofline.FREE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("classes", CEILINGS)
+def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = simulator()
+    from fastsoftloss import triton_backend
+
+    # one multiprocessor: programs have many rows each, as they do where a batch fills a device
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
+    operators = functional.backends.choose("triton", torch.device("cpu"))
+    rows = 4096 if classes <= 100 else max(3, 1_200_000 // classes)
+    logits = (2 * torch.randn(rows, classes)).bfloat16()
+    target = torch.randint(classes, (rows,))
+    (_, _, _, moments), *forward = measure(sim, lambda: operators.forward(logits, target, *DEFAULT, False, False))
+    _, *backward = measure(sim, lambda: operators.backward(torch.tensor(2.0), moments, logits, target, *DEFAULT))
+    figures = [forward, backward]
+    if triton_backend.fits(classes, 2):
+        _, *fused = measure(sim, lambda: operators.forward(logits, target, *DEFAULT, False, True))
+        figures.append(fused)
+    for name, (moved, instructions), traffic, ceiling in zip(("forward", "backward", "fused"), figures, *CEILINGS[classes], strict=False):
+        minimum = logits.nbytes * (1 if name == "forward" else 2) + target.nbytes
+        print(
+            f"K={classes} {name}: {moved / minimum:.3f} x the minimum traffic, {instructions / logits.numel():.1f} instructions an element"
+        )
+        assert moved <= traffic * minimum, name
+        assert instructions <= ceiling * logits.numel(), name
