@@ -38,20 +38,21 @@ def _complement(z: Array, y: int, kind: str | None) -> tuple[float, float, list[
         return -np.inf, 0.0, [], []
     m = z[inside].max()
     x = np.where(inside, z - m, -np.inf)
-    c = m + np.log(np.exp(x).sum())
+    log_s1 = np.log(np.exp(x).sum())
+    c = m + log_s1
     q = np.exp(x) / np.exp(x).sum()
     s = np.exp(-np.logaddexp(0, z[y] - c))
     label = np.arange(len(z)) == y
     if kind is None or n == 1:
         return c, s, [], []
     x0 = np.where(inside, x, 0.0)
-    mean, q2, log_s1n = x0.sum() / n, (q * q).sum(), c - m - np.log(n)
+    mean, q2, log_s1n = x0.sum() / n, (q * q).sum(), log_s1 - np.log(n)
     # the relative error of S1 is the absolute error of its logarithm: beside its own size a logarithm counts as 1
     if kind == "logit_variance":
         return c, s, [np.where(inside, x0 - mean, 0.0).var() * len(z) / n], [2 / n * x0, np.where(inside, -2 / n * mean, 0.0)]
-    if kind == "kl":  # log q_j + H = x_j - sum q x
+    if kind == "kl":  # log q_j + H = x_j - sum q x, taken through a logarithm or not
         mean_x = (q * x0).sum()
-        return c, s, [mean_x, -log_s1n + 1, -1.0], [q * x0, -q * mean_x]
+        return c, s, [mean_x, -log_s1n + 1, -1.0], [q * (x0 + 1), -q, -q * mean_x]
     if kind == "reverse_kl":
         return c, s, [log_s1n + 1, -1.0, -mean], [q, np.where(inside, -1 / n, 0.0)]
     if kind == "chi2":
@@ -65,6 +66,9 @@ def _row(
     z: Array, y: int, w_y: float, w: Array | None, smoothing: float, kind: str | None, diversity_weight: float, z_loss: float
 ) -> tuple[list[float], list[float], list[float], list[Array]]:
     """The terms of the cross-entropy, of D, of the z-loss, and of the gradient."""
+    top = z[np.isfinite(z)].max(initial=-np.inf)
+    top = top if np.isfinite(top) else 0.0
+    z = z - top  # a sum with a logit of 1e4 has an error of 1e-12 even in float64
     c, s, value, slope = _complement(z, y, kind)
     one_hot = (np.arange(len(z)) == y).astype(float)
     ce = np.logaddexp(0, c - z[y])
@@ -79,7 +83,8 @@ def _row(
         gradient += [smoothing / len(z) * w.sum() * p, -smoothing / len(z) * w]
     of_lse = []
     if z_loss:  # lse is itself a sum, of a largest logit and a logarithm: rounded in their magnitude, not in its own
-        magnitude = np.abs(z[np.isfinite(z)]).max(initial=0) + np.log(len(z)) + 1
+        lse = lse + top
+        magnitude = abs(top) + np.log(len(z)) + 1
         of_lse = [z_loss * w_y * lse * t for t in (lse + magnitude, -magnitude)]
         gradient += [2 * z_loss * w_y * t * p for t in (lse + magnitude, -magnitude)]
     gradient += [diversity_weight * w_y * t for t in slope]

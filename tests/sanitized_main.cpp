@@ -102,7 +102,7 @@ void check(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t cla
 
   // 1e-5: what float32 is held to; the terms here are of size 1
   const double bound = sizeof(T) == 8 ? 1e-13 : 1e-5;
-  const double half = storage == Storage::bfloat16 ? 0x1p-9 : storage == Storage::float16 ? 0x1p-12 : 0;
+  const double half = storage == Storage::bfloat16 ? 0x1p-8 : storage == Storage::float16 ? 0x1p-11 : 0;
   for (int64_t r = 0; r < rows; ++r) {
     const auto place = [&](int64_t j) { return (r * at.row + j * at.step) * bytes; };
     RowMoments<double> whole;

@@ -54,8 +54,17 @@ def test_the_gradient_handed_over_belongs_to_autograd(backend, dtype):
     loss.backward(retain_graph=True)
     assert torch.equal(z.grad, expected)
     z.grad.zero_()
-    loss.backward()
+    loss.backward(retain_graph=True)
     assert torch.equal(z.grad, expected)
+    loss = functional.cross_entropy(z, target, backend=backend)
+    for _ in range(2):  # what autograd.grad gives out is the buffer itself
+        (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
+        assert torch.equal(gradient, expected)
+        gradient.fill_(7)
+    up = torch.tensor(2.0, dtype=loss.dtype)  # scaled in place, once
+    loss = functional.cross_entropy(z, target, backend=backend)
+    first, second = (torch.autograd.grad(loss, z, up, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

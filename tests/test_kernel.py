@@ -230,6 +230,7 @@ def test_every_16_bit_logit_is_read_and_written_right(dtype):
     assert_near(loss, expected, (RELATIVE[torch.float32] * expected.abs() + 1e-35).numpy())
     # at z = 0 and K = 2 the gradient is +-upstream/2, exact in float32: its storing is all that rounds
     values = torch.cat([every.float(), torch.nextafter(every.float(), torch.tensor(9e9)), every.float() * 1.001])
+    values = values[~(values.isfinite() & (2 * values).isinf())]
     flat = torch.zeros(len(values), 2, dtype=dtype, requires_grad=True)
     rows = functional.cross_entropy(flat, torch.ones(len(values), dtype=torch.int64), reduction="none", diversity=None, backend="cpu")
     (gradient,) = torch.autograd.grad(rows, flat, 2 * values)
