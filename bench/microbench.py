@@ -3,10 +3,11 @@
     python bench/microbench.py                        # the sizes of the README, 1 thread and all threads
     python bench/microbench.py --sizes 512x100 --json speed.json
 
-Every round times a few calls of each contender in a row, after one that is not timed, so that what disturbs the machine disturbs
-all of them; the figures are medians over all calls. ``floor`` is an autograd Function that computes nothing, called and differentiated in the same way: no loss
-written in Python can be faster. ``copy`` is the fraction of the bandwidth of ``Tensor.copy_`` in the same run that our
-forward and backward reach together, counted as two passes over the logits: one read, one write.
+Every round times a few calls of each contender in a row, after one that is not timed, so that what disturbs the machine
+disturbs all of them; the figures are medians over all calls. ``floor`` is an autograd Function that computes nothing, called
+and differentiated in the same way: no loss written in Python can be faster. ``copy`` is the fraction of the bandwidth of
+``Tensor.copy_`` in the same run that our forward and backward reach together, counted as two passes over the logits: one
+read, one write.
 """
 
 from __future__ import annotations
