@@ -113,7 +113,7 @@ def test_a_missing_backend_says_why(name):
 def test_importing_it_is_cheap():
     """Measured as processor time inside the process after torch is there, so that a busy machine does not count."""
     code = "import time, torch; start = time.process_time(); import fastsoftloss; print(time.process_time() - start)"
-    assert statistics.median(float(python("-c", code).stdout) for _ in range(5)) < 0.2
+    assert statistics.median(float(python("-c", code).stdout) for _ in range(3)) < 0.2
 
 
 def test_the_signature_is_that_of_cross_entropy_loss():
