@@ -110,6 +110,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
       case Diversity::none:
         break;
     }
+    if (o.diversity_weight == 0) g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
     penalty = select(r.n > one, penalty, zero) * class_weight;
     g.a = g.a * class_weight, g.b = g.b * class_weight, g.t = g.t * class_weight;
     g.e0 = g.e0 * class_weight, g.e1 = g.e1 * class_weight, g.label = g.label * class_weight;
@@ -135,7 +136,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
     g.label = g.label - class_weight * s;
   }
 
-  T loss = ce + T(o.diversity_weight) * penalty;
+  T loss = o.diversity_weight == 0 ? ce : ce + T(o.diversity_weight) * penalty;
   if (o.z_loss != 0) {
     const T lse = select(some, r.m + lift, z_y);
     const T slope = T(2 * o.z_loss) * class_weight * lse;

@@ -29,10 +29,15 @@ class LossComponents(NamedTuple):
 def options_of(
     ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
 ) -> ops.Options:
-    """The operators' scalar arguments. Raises ValueError for an option that has no meaning."""
-    if reduction not in _REDUCTION_INDEX:
+    """The operators' scalar arguments. Raises ValueError for an option that has no meaning, TypeError for one of another type."""
+    for name, value in (("label_smoothing", label_smoothing), ("diversity_weight", diversity_weight), ("z_loss", z_loss)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not isinstance(reduction, str) or reduction not in _REDUCTION_INDEX:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, ops.REDUCTIONS))}, got {reduction!r}")
-    if diversity not in _DIVERSITY_INDEX:
+    if not isinstance(diversity, (str, type(None))) or diversity not in _DIVERSITY_INDEX:
         raise ValueError(f"diversity must be None or one of {', '.join(map(repr, ops.DIVERSITIES[1:]))}, got {diversity!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}")
@@ -171,11 +176,14 @@ def cross_entropy(
 
     Raises:
         ValueError: a shape, a device or an option that does not fit.
-        TypeError: a dtype that is not supported.
-        IndexError: a target outside ``[0, K)`` that is not ``ignore_index`` (CPU tensors; on a GPU its row's loss is NaN).
+        TypeError: a dtype that is not supported, or an option of the wrong type.
+        IndexError: a target outside ``[0, K)`` that is not ``ignore_index`` (CPU tensors; a RuntimeError inside
+            ``torch.compile``; on a GPU the row's loss is NaN).
         RuntimeError: a backend that is not available here.
     """
     options = options_of(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
+    if diversity_weight == 0 and not return_components:  # a penalty that nobody sees
+        options = options._replace(diversity=_DIVERSITY_INDEX[None])
     if target.dtype is torch.uint8:  # PyTorch takes it too
         target = target.long()
     _check_tensors(logits, target, weight, sample_weight)

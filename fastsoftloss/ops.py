@@ -7,6 +7,7 @@ Eager calls go through :class:`_CrossEntropy`, a plain autograd Function over th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ def _check_devices(*tensors: Tensor | None) -> None:
 
 
 def _leaf(t: Tensor) -> Tensor:
-    return t if t.requires_grad else t.detach().requires_grad_()
+    # a view: differentiating by the caller's own tensor would run its hooks once more
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
@@ -89,9 +91,19 @@ def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> 
 
 def rescale_on_host(dlogits: Tensor, upstream: Tensor, *_: Any) -> Tensor | None:
     """:attr:`Operators.rescale` where reading ``upstream`` costs nothing."""
-    if upstream.dim() == 0 and upstream.item() == 1:
-        return dlogits
-    if dlogits.element_size() < 4:  # a second rounding, and in float16 an underflow that loss scaling is there to avoid
+    functorch = torch._C._functorch
+    if type(upstream) is not Tensor or functorch.is_functorch_wrapped_tensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
+        return None  # a batch of gradients, or a fake: the backward knows what to do with them
+    if upstream.dim() == 0:
+        factor = upstream.item()
+        if factor == 1:
+            return dlogits
+        finite = math.isfinite(factor)
+    else:
+        finite = bool(upstream.isfinite().all())
+    # not finite: an ignored row's gradient is 0, and 0 * NaN is not. 16 bits: a second rounding, and in float16 an
+    # underflow that loss scaling is there to avoid
+    if not finite or dlogits.element_size() < 4:
         return None
     return dlogits.mul_(upstream if upstream.dim() == 0 or dlogits.dim() == 1 else upstream.unsqueeze(1))
 

@@ -194,3 +194,46 @@ def test_torch_compile_without_a_graph_break(name):
     expected = functional.cross_entropy(2 * eager, target, backend=name)
     expected.backward()
     assert torch.equal(loss, expected) and torch.equal(z.grad, eager.grad)
+
+
+def test_hooks_on_the_logits_run_once_under_create_graph() -> None:
+    logits, target = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+    gradients = []
+    for loss in (functional.cross_entropy, torch.nn.functional.cross_entropy):
+        hooked = logits * 1
+        hooked.register_hook(lambda gradient: 2 * gradient)
+        options = {"diversity": None} if loss is functional.cross_entropy else {}
+        gradients.append(torch.autograd.grad(loss(hooked, target, **options), logits, create_graph=True)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_batch_of_upstream_gradients_as_the_first_backward() -> None:
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+
+    def rows(backend: str) -> torch.Tensor:
+        return torch.autograd.functional.jacobian(
+            lambda z: functional.cross_entropy(z, target, reduction="none", backend=backend), logits, vectorize=True
+        )
+
+    torch.testing.assert_close(rows("cpu"), rows("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # handed over, and written anew
+def test_an_ignored_row_is_zero_under_any_upstream_gradient(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 7, dtype=dtype, requires_grad=True)
+    loss = functional.cross_entropy(logits, torch.full((5,), -100))
+    (loss * loss).backward()
+    assert logits.grad is not None and not logits.grad.any()
+
+
+def test_a_penalty_of_no_weight_is_not_there_even_where_it_is_infinite() -> None:
+    logits, target = torch.randn(5, 7), torch.randint(5, (5,))
+    logits[:, 5:] = torch.finfo(torch.float32).min
+    z = logits.clone().requires_grad_()
+    loss = functional.cross_entropy(z, target, diversity_weight=0.0)
+    (gradient,) = torch.autograd.grad(loss, z)
+    true = torch.nn.functional.cross_entropy(z, target)
+    torch.testing.assert_close(loss, true)
+    torch.testing.assert_close(gradient, torch.autograd.grad(true, z)[0])
+    parts = functional.cross_entropy(logits, target, diversity_weight=0.0, return_components=True)
+    torch.testing.assert_close(parts.loss, true.detach())

@@ -276,3 +276,15 @@ def test_class_weights_of_zero(name):
     loss, gradient = theirs(logits, target * 0, weight=weight)
     got = compute(name, logits, target * 0, weight=weight, diversity=None)
     assert loss.isnan() and got.loss.isnan()
+
+
+def test_a_target_that_was_nan_is_out_of_range() -> None:
+    target = torch.tensor([0, -(2**63), 1])  # what a NaN label becomes as an integer
+    with pytest.raises(IndexError, match=r"target\[1\]"):
+        functional.cross_entropy(torch.randn(3, 4), target)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "diversity_weight", "z_loss", "ignore_index"])
+def test_an_option_of_the_wrong_type_is_named(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        functional.cross_entropy(torch.randn(3, 4), torch.zeros(3, dtype=torch.long), **{name: None})

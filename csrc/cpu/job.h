@@ -79,7 +79,7 @@ FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
   row.gradient = job.gradient + gradient;
   const int64_t y =
       job.wide_target ? *reinterpret_cast<const int64_t*>(job.target + target) : *reinterpret_cast<const int32_t*>(job.target + target);
-  row.label = y == job.ignore_index ? kIgnored : y;
+  row.label = y == job.ignore_index ? kIgnored : y < 0 ? -1 : y;
   row.class_weight = job.class_weight && row.label >= 0 && y < job.classes ? job.class_weight[y] : T(1);
   row.row_weight = job.sample_weight ? *reinterpret_cast<const T*>(job.sample_weight + sample_weight) : T(1);
   row.scale = job.upstream ? job.scale * *reinterpret_cast<const T*>(job.upstream + upstream) : job.scale;
