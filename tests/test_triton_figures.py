@@ -40,7 +40,7 @@ def measure(sim: Any, run: Callable[[], Any]) -> tuple[Any, int, int]:
 @pytest.mark.parametrize("classes", CEILINGS)
 def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = simulator()
-    from fastsoftloss import triton_backend
+    from fastsoftloss import triton_backend, triton_plan
 
     # one multiprocessor: programs have many rows each, as they do where a batch fills a device
     monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
@@ -51,7 +51,7 @@ def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch)
     (_, _, _, moments), *forward = measure(sim, lambda: operators.forward(logits, target, *DEFAULT, False, False))
     _, *backward = measure(sim, lambda: operators.backward(torch.tensor(2.0), moments, logits, target, *DEFAULT))
     figures = [forward, backward]
-    if triton_backend.fits(classes, 2):
+    if triton_plan.fits(classes, 2):
         _, *fused = measure(sim, lambda: operators.forward(logits, target, *DEFAULT, False, True))
         figures.append(fused)
     for name, (moved, instructions), traffic, ceiling in zip(("forward", "backward", "fused"), figures, *CEILINGS[classes], strict=False):
