@@ -71,6 +71,7 @@ def test_resumed_anywhere_is_bit_for_bit_unbroken(recipe: train.Recipe, tmp_path
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path, environment: dict[str, str]) -> None:
     recipe, out = replace(RECIPE, epochs=16), tmp_path / "run.pt"
     options = ("--loss", recipe.loss, "--epochs", recipe.epochs, "--weight-decay", recipe.weight_decay, "--device", "cpu")
+    options += ("--threads", torch.get_num_threads())  # the bits are those of a thread count
     process = subprocess.Popen(script(*options, "--out", out, "--save-every", 3), env=environment, stderr=subprocess.DEVNULL)
     try:
         while not out.exists() and process.poll() is None:
