@@ -52,6 +52,9 @@ _load_cpu()
 _load_triton()
 _missing["cuda"] = "this version has no C++/CUDA kernels; use backend='triton'"
 
+# what is chosen where nobody asks for a backend, known beforehand
+_best = {} if _override else {device: _ready[names[0]] for device, names in _DEFAULTS.items() if names[0] in _ready}
+
 
 def missing() -> dict[str, str]:
     """The backends that cannot run here: name to reason and remedy."""
@@ -88,6 +91,8 @@ def choose(name: str | None, device: torch.device) -> ops.Operators | None:
 
     Raises ValueError for an unknown name or one that does not serve the device, RuntimeError for one that is not built.
     """
+    if name is None and (best := _best.get(device.type)):
+        return best
     name = _override or name or default(device)
     if name == "reference":
         return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastsoftloss import backends, ops, reference
 _DIVERSITY_INDEX = {name: index for index, name in enumerate(ops.DIVERSITIES)}
 _REDUCTION_INDEX = {name: index for index, name in enumerate(ops.REDUCTIONS)}
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_transform_level = torch._C._functorch.maybe_current_level
 _TARGETS = (torch.int64, torch.int32)
 
 
@@ -26,10 +28,9 @@ class LossComponents(NamedTuple):
     diversity: Tensor
 
 
-def options_of(
+def _settle(
     ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
 ) -> ops.Options:
-    """The operators' scalar arguments. Raises ValueError for an option that has no meaning, TypeError for one of another type."""
     for name, value in (("label_smoothing", label_smoothing), ("diversity_weight", diversity_weight), ("z_loss", z_loss)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r}")
@@ -53,6 +54,21 @@ def options_of(
         float(diversity_weight),
         float(z_loss),
     )
+
+
+_settled = functools.lru_cache(_settle)
+
+
+def options_of(
+    ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
+) -> ops.Options:
+    """The operators' scalar arguments. Raises ValueError for an option that has no meaning, TypeError for one of another type."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _settled(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
+        except TypeError:  # cannot be a key, so cannot be an option
+            pass
+    return _settle(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
 
 
 def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
@@ -182,33 +198,37 @@ def cross_entropy(
         RuntimeError: a backend that is not available here.
     """
     options = options_of(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
-    if diversity_weight == 0 and not return_components:  # a penalty that nobody sees
+    return apply(logits, target, weight, sample_weight, options, return_components, backend)
+
+
+def apply(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    options: ops.Options,
+    return_components: bool,
+    backend: str | None,
+) -> Any:
+    """:func:`cross_entropy` with its options settled."""
+    if options.diversity_weight == 0 and not return_components:  # a penalty that nobody sees
         options = options._replace(diversity=_DIVERSITY_INDEX[None])
     if target.dtype is torch.uint8:  # PyTorch takes it too
         target = target.long()
-    _check_tensors(logits, target, weight, sample_weight)
     operators = backends.choose(backend, logits.device)
+    compiling = torch.compiler.is_compiling()
     # the kernels have no gradient for the weights, and function transforms trace plain operators
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    learned = (weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad)
-    if operators is None or transformed or learned:
-        traced = transformed or torch.compiler.is_compiling()
-        if logits.device.type == "cpu" and not traced:
-            _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
-        components = LossComponents(
-            *reference.cross_entropy(
-                logits,
-                target,
-                weight,
-                ignore_index,
-                reduction,
-                label_smoothing,
-                diversity=diversity,
-                diversity_weight=diversity_weight,
-                z_loss=z_loss,
-                sample_weight=sample_weight,
-            )
-        )
+    transformed = _transform_level() is not None or forward_ad._current_level >= 0
+    weighted = weight is not None or sample_weight is not None
+    learned = weighted and ((weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad))
+    plain = operators is None or transformed or learned
+    # the CPU's kernel refuses what does not fit: the look for the reason is paid only then
+    if plain or compiling or weighted or type(logits) is not Tensor or operators.rescale is not None:
+        _check_tensors(logits, target, weight, sample_weight)
+    if plain:
+        if logits.device.type == "cpu" and not (transformed or compiling):
+            _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
+        components = LossComponents(*ops.plain(logits, target, weight, sample_weight, options))
         return components if return_components else components.loss
     if weight is not None:
         weight = weight.to(reference.accumulation_dtype(logits.dtype)).contiguous()
@@ -217,7 +237,8 @@ def cross_entropy(
     try:
         loss, parts = ops.cross_entropy(operators, logits, target, weight, sample_weight, options, return_components)
     except RuntimeError:
-        # the kernel stops at the first target out of range; the slow look for its name is paid only then
-        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], ignore_index)
+        _check_tensors(logits, target, weight, sample_weight)
+        # the kernel stops at the first target out of range
+        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
         raise
     return loss if parts is None else LossComponents(loss, parts[0], parts[1])

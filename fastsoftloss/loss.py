@@ -44,19 +44,11 @@ class Loss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` against ``target``; ``sample_weight`` has target's shape."""
-        return functional.cross_entropy(
-            logits,
-            target,
-            self.weight,
-            self.ignore_index,
-            self.reduction,
-            self.label_smoothing,
-            diversity=self.diversity,
-            diversity_weight=self.diversity_weight,
-            z_loss=self.z_loss,
-            sample_weight=sample_weight,
-            backend=self.backend,
+        options = functional.options_of(
+            self.ignore_index, self.reduction, self.label_smoothing, self.diversity, self.diversity_weight, self.z_loss
         )
+        loss: Tensor = functional.apply(logits, target, self._buffers["weight"], sample_weight, options, False, self.backend)
+        return loss
 
     def extra_repr(self) -> str:
         return (

@@ -28,6 +28,9 @@ _ARGUMENTS = (
 _FORWARD = f"({_ARGUMENTS}, bool parts, bool gradient) -> (Tensor loss, Tensor parts, Tensor dlogits, Tensor moments)"
 _BACKWARD = f"(Tensor upstream, Tensor moments, {_ARGUMENTS}) -> Tensor dlogits"
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
 _library = torch.library.Library("fastsoftloss", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -46,15 +49,19 @@ class Operators(NamedTuple):
     """A backend's forward and backward, and how it takes over a gradient that the forward has already written.
 
     ``rescale(dlogits, upstream, moments, *inputs)`` turns the gradient for an upstream of 1 into the one for
-    ``upstream``, in place, or returns None where only the backward can do so without rounding twice.
+    ``upstream``, in place, or returns None where only the backward can do so without rounding twice. A backend without
+    it has its upstream in host memory, where looking costs nothing, and kernels that refuse arguments which do not fit.
     """
 
     forward: Any
     backward: Any
-    rescale: Callable[..., Tensor | None]
+    rescale: Callable[..., Tensor | None] | None
 
 
-def _reference(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options) -> Tensor:
+def plain(
+    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference, by the operators' arguments: loss, cross-entropy, diversity."""
     return reference.cross_entropy(
         logits,
         target,
@@ -66,7 +73,7 @@ def _reference(logits: Tensor, target: Tensor, weight: Tensor | None, sample_wei
         diversity_weight=options.diversity_weight,
         z_loss=options.z_loss,
         sample_weight=sample_weight,
-    )[0]
+    )
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
@@ -85,14 +92,13 @@ def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> 
     """The gradient as an expression of plain PyTorch, for ``create_graph=True``."""
     with torch.enable_grad():
         z = _leaf(logits)
-        (dlogits,) = torch.autograd.grad(_reference(z, *inputs), z, upstream, create_graph=True)
+        (dlogits,) = torch.autograd.grad(plain(z, *inputs)[0], z, upstream, create_graph=True)
     return dlogits
 
 
-def rescale_on_host(dlogits: Tensor, upstream: Tensor, *_: Any) -> Tensor | None:
+def _rescale_on_host(dlogits: Tensor, upstream: Tensor) -> Tensor | None:
     """:attr:`Operators.rescale` where reading ``upstream`` costs nothing."""
-    functorch = torch._C._functorch
-    if type(upstream) is not Tensor or functorch.is_functorch_wrapped_tensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
+    if type(upstream) is not Tensor or _is_wrapped(upstream) or _is_batched(upstream):
         return None  # a batch of gradients, or a fake: the backward knows what to do with them
     if upstream.dim() == 0:
         factor = upstream.item()
@@ -114,7 +120,7 @@ def _no_moments(logits: Tensor, target: Tensor, reduction: int) -> tuple[int, bo
 
 def define(
     name: str,
-    rescale: Callable[..., Tensor | None] = rescale_on_host,
+    rescale: Callable[..., Tensor | None] | None = None,
     outputs: Callable[[Tensor, Tensor, int], tuple[int, bool]] = _no_moments,
 ) -> Operators:
     """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; their kernels are registered beside them.
@@ -206,17 +212,26 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
             return (None,) * 7
-        *inputs, moments = ctx.saved_tensors
         if torch.is_grad_enabled():
+            *inputs, _moments = ctx.saved_tensors
             return _differentiable_gradient(upstream, *inputs, ctx.options), *(None,) * 6
-        operators, options = ctx.operators, ctx.options
+        operators = ctx.operators
         dlogits = ctx.__dict__.pop("dlogits", None)  # handed over once: autograd may write into it from now on
+        if dlogits is not None and operators.rescale is None:
+            dlogits = _rescale_on_host(dlogits, upstream)
+            if dlogits is not None:
+                return dlogits, None, None, None, None, None, None
+        *inputs, moments = ctx.saved_tensors
         if dlogits is not None:
-            dlogits = operators.rescale(dlogits, upstream, moments, *inputs, *options)
+            dlogits = operators.rescale(dlogits, upstream, moments, *inputs, *ctx.options)
         if dlogits is None:
             with torch._C._AutoDispatchBelowAutograd():
-                dlogits = operators.backward(upstream, moments, *inputs, *options)
+                dlogits = operators.backward(upstream, moments, *inputs, *ctx.options)
         return dlogits, None, None, None, None, None, None
+
+
+# Function.apply without what it does for function transforms, which do not come here
+_apply = super(torch.autograd.Function, _CrossEntropy).apply  # type: ignore[misc]
 
 
 def cross_entropy(
@@ -233,7 +248,7 @@ def cross_entropy(
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
         return loss, components if parts else None
     if logits.requires_grad and torch.is_grad_enabled():
-        result = _CrossEntropy.apply(logits, target, weight, sample_weight, operators, options, parts)  # type: ignore[no-untyped-call]
+        result = _apply(logits, target, weight, sample_weight, operators, options, parts)
         return result if parts else (result, None)
     with torch._C._AutoDispatchBelowAutograd():
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)

@@ -228,6 +228,38 @@ void one_row(const Job<T>& job, int64_t r, T* exps, LossSums<T>* sums) {
   store_one(loss.gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
 }
 
+// Rows to lanes and back: z[i][lane] is line[lane][i].
+template <class T, int kLanes>
+FSL_FN void load_columns(const T* const (&line)[kLanes], int count, T (*z)[kLanes]) {
+#ifdef FSL_COLUMNS
+  if constexpr (sizeof(T) == 4)
+    if (count >= 4) {
+      for (int i = 0; i < count; i += 4) {
+        const int from = i < count - 4 ? i : count - 4;  // the last four again where four do not divide them
+        Columns::load(line, from, z + from);
+      }
+      return;
+    }
+#endif
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < count; ++i) z[i][lane] = line[lane][i];
+}
+template <class T, int kLanes>
+FSL_FN void store_columns(const T (*dz)[kLanes], int count, T* const (&line)[kLanes]) {
+#ifdef FSL_COLUMNS
+  if constexpr (sizeof(T) == 4)
+    if (count >= 4) {
+      for (int i = 0; i < count; i += 4) {
+        const int from = i < count - 4 ? i : count - 4;
+        Columns::store(dz + from, line, from);
+      }
+      return;
+    }
+#endif
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < count; ++i) line[lane][i] = dz[i][lane];
+}
+
 // As many rows as there are lanes, a class at a time: for few classes, and for any class stride.
 template <class T>
 struct Tile {
@@ -247,36 +279,45 @@ struct Tile {
       gradient_run &= row[lane].gradient == row[0].gradient + lane * bytes;
     }
   }
-  // Classes [k, k + count) into z, a vector each; the true class reads as -inf.
+  // The true classes, counted from class k on, as far as a tile's classes go; below 0 where a row is ignored.
+  FSL_FN V labels(int64_t k) const {
+    T label[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t y = row[lane].label - k;
+      label[lane] = row[lane].label < 0 ? T(-1) : T(y < 0 || y >= kTileClasses ? kTileClasses : y);
+    }
+    return V::load(label);
+  }
+  // Classes [k, k + count) into z, a vector each.
   FSL_LOOP void load(int64_t k, int count, T (*z)[kLanes]) const {
     const int64_t bytes = bytes_of(job.storage);
     if (logits_run) {
       for (int i = 0; i < count; ++i) load_contiguous(row[0].logits + (k + i) * job.logits_step, job.storage, kLanes, z[i]);
     } else if (job.logits_step == bytes) {
-      T buffer[kTileClasses];
+      T buffer[kLanes][kTileClasses];
+      const T* line[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        const T* line = reinterpret_cast<const T*>(row[lane].logits) + k;
-        if (!holds<T>(job.storage)) load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer), line = buffer;
-        for (int i = 0; i < count; ++i) z[i][lane] = line[i];
+        line[lane] = reinterpret_cast<const T*>(row[lane].logits) + k;
+        if (!holds<T>(job.storage)) load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer[lane]), line[lane] = buffer[lane];
       }
+      load_columns(line, count, z);
     } else {
       for (int i = 0; i < count; ++i)
         for (int lane = 0; lane < kLanes; ++lane) z[i][lane] = load_one<T>(row[lane].logits + (k + i) * job.logits_step, job.storage);
     }
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (row[lane].label >= k && row[lane].label < k + count) z[row[lane].label - k][lane] = -Limits<T>::infinity();
   }
   FSL_LOOP void store(int64_t k, int count, const T (*dz)[kLanes]) const {
     const int64_t bytes = bytes_of(job.storage);
     if (gradient_run) {
       for (int i = 0; i < count; ++i) store_contiguous(dz[i], job.storage, kLanes, row[0].gradient + (k + i) * job.gradient_step);
     } else if (job.gradient_step == bytes) {
-      T buffer[kTileClasses];
-      for (int lane = 0; lane < valid; ++lane) {
-        T* line = holds<T>(job.storage) ? reinterpret_cast<T*>(row[lane].gradient) + k : buffer;
-        for (int i = 0; i < count; ++i) line[i] = dz[i][lane];
-        if (line == buffer) store_contiguous(line, job.storage, count, row[lane].gradient + k * bytes);
-      }
+      T buffer[kLanes][kTileClasses];
+      T* line[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        line[lane] = holds<T>(job.storage) && lane < valid ? reinterpret_cast<T*>(row[lane].gradient) + k : buffer[lane];
+      store_columns(dz, count, line);
+      if (!holds<T>(job.storage))
+        for (int lane = 0; lane < valid; ++lane) store_contiguous(buffer[lane], job.storage, count, row[lane].gradient + k * bytes);
     } else {
       for (int i = 0; i < count; ++i)
         for (int lane = 0; lane < valid; ++lane) store_one(dz[i][lane], job.storage, row[lane].gradient + (k + i) * job.gradient_step);
@@ -284,11 +325,16 @@ struct Tile {
   }
 };
 
+// reduce: a row a lane; the true class, where it is one of these, becomes -inf in z.
 template <class T, unsigned Needs>
-FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, int count, const T (*z)[Vec<T>::kLanes], T (*exps)[Vec<T>::kLanes]) {
+FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, Vec<T> label, int count, T (*z)[Vec<T>::kLanes], T (*exps)[Vec<T>::kLanes]) {
   using V = Vec<T>;
   Accumulator<T, Needs> acc;
-  for (int i = 0; i < count; ++i) acc.look(V::load(z[i]));
+  for (int i = 0; i < count; ++i) {
+    const V zi = select(label == V(T(i)), V(-Limits<T>::infinity()), V::load(z[i]));
+    zi.store(z[i]);
+    acc.look(zi);
+  }
   const V at = select(acc.m == V(-Limits<T>::infinity()), V(0), acc.m);
   acc.shift = Needs & kLogits ? acc.total / max(acc.n, V(1)) - at : V(0);
   for (int i = 0; i < count; ++i) acc.add(V::load(z[i]), at, V(Needs & kWeighted ? weight[i] : T(0))).store(exps[i]);
@@ -300,49 +346,44 @@ void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) 
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const Tile<T> tile(job, begin, end);
+  alignas(64) T z_y[kLanes], class_weight[kLanes], row_weight[kLanes], scale[kLanes], losses[3][kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Row<T>& row = tile.row[lane];
+    z_y[lane] = row.label >= 0 ? load_one<T>(row.logits + row.label * job.logits_step, job.storage) : T(0);
+    class_weight[lane] = row.class_weight, row_weight[lane] = row.row_weight, scale[lane] = row.scale;
+  }
   alignas(64) T z[kTileClasses][kLanes], exps[kTileClasses][kLanes];
   const bool one_look = job.classes <= kTileClasses;
   RowMoments<V> whole;
   for (int64_t k = 0; k < job.classes; k += kTileClasses) {
     const int count = int(min_of(job.classes - k, kTileClasses));
     tile.load(k, count, z);
-    const auto part = reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, count, z, exps);
+    const auto part = reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, tile.labels(k), count, z, exps);
     whole = k ? merge<Needs>(whole, part) : part;
   }
 
-  alignas(64) T z_y[kLanes], class_weight[kLanes], row_weight[kLanes], scale[kLanes], losses[3][kLanes];
-  T counted[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const Row<T>& row = tile.row[lane];
-    counted[lane] = row.label >= 0 ? T(1) : T(0);
-    z_y[lane] = row.label >= 0 ? load_one<T>(row.logits + row.label * job.logits_step, job.storage) : T(0);
-    class_weight[lane] = row.class_weight, row_weight[lane] = row.row_weight, scale[lane] = row.scale;
-  }
   const RowLoss<V> loss = finish(whole, V::load(z_y), V::load(class_weight), V::load(row_weight), V::load(scale), job.options);
-  const auto counts = V::load(counted) > V(0);
+  const auto counts = V(T(-1)) < tile.labels(0);
   select(counts, loss.loss, V(0)).store(losses[0]);
   select(counts, loss.cross_entropy, V(0)).store(losses[1]);
   select(counts, loss.diversity, V(0)).store(losses[2]);
-  for (int i = 0; i < 3; ++i)
-    for (int lane = 0; lane < tile.valid; ++lane) {
-      if (job.row_losses[i]) job.row_losses[i][begin + lane] = losses[i][lane];
-      sums->of[i] += losses[i][lane];
-    }
+  for (int i = 0; i < 3; ++i) {
+    double sum = 0;
+    for (int lane = 0; lane < tile.valid; ++lane) sum += losses[i][lane];
+    sums->of[i] += sum;
+    if (job.row_losses[i]) memcpy(job.row_losses[i] + begin, losses[i], tile.valid * sizeof(T));
+  }
   if (!job.gradient) return;
 
-  alignas(64) T label_gradient[kLanes];
-  select(counts, loss.gradient.label, V(0)).store(label_gradient);
   for (int64_t k = 0; k < job.classes; k += kTileClasses) {
     const int count = int(min_of(job.classes - k, kTileClasses));
+    const V label = tile.labels(k);
     if (!one_look) tile.load(k, count, z);
     for (int i = 0; i < count; ++i) {
       const V zi = V::load(z[i]), x = zi - whole.m, e = one_look ? V::load(exps[i]) : exp(x);
       const V w(Needs & kWeighted ? job.class_weight[k + i] : T(0));
-      select(counts, slope<Needs>(loss.gradient, zi, x, e, w), V(0)).store(z[i]);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t y = tile.row[lane].label;
-      if (y >= k && y < k + count) z[y - k][lane] = label_gradient[lane];
+      const V dz = select(label == V(T(i)), loss.gradient.label, slope<Needs>(loss.gradient, zi, x, e, w));
+      select(counts, dz, V(0)).store(z[i]);
     }
     tile.store(k, count, z);
   }

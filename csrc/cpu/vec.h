@@ -206,6 +206,82 @@ FSL_FN Vec<T> log1p(Vec<T> x) {
   return log(w) + (x - (w - one)) / w;
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FSL_COLUMNS
+#endif
+#endif
+
+#ifdef FSL_COLUMNS
+// Four neighbouring classes of 16 rows, a vector of four floats each, and the four vectors whose lanes are the rows.
+struct Columns {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef float FourAnywhere __attribute__((vector_size(16), aligned(4), may_alias));
+  static constexpr int kWidth = FSL_BYTES / 4;
+  using V = Value<float>;
+
+// indices into two vectors, the same for every 16 bytes of them
+#if FSL_BYTES == 16
+#define FSL_EACH(a, b, c, d) a, b, c, d
+#elif FSL_BYTES == 32
+#define FSL_EACH(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#else
+#define FSL_EACH(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#endif
+  // lane 4 g + j of p[i] to lane 4 g + i of p[j]
+  FSL_FN static void transpose(V (&p)[4]) {
+    constexpr int w = kWidth;
+    const V a = __builtin_shufflevector(p[0], p[1], FSL_EACH(0, w, 1, w + 1)), b = __builtin_shufflevector(p[2], p[3], FSL_EACH(0, w, 1, w + 1));
+    const V c = __builtin_shufflevector(p[0], p[1], FSL_EACH(2, w + 2, 3, w + 3)),
+            d = __builtin_shufflevector(p[2], p[3], FSL_EACH(2, w + 2, 3, w + 3));
+    p[0] = __builtin_shufflevector(a, b, FSL_EACH(0, 1, w, w + 1)), p[1] = __builtin_shufflevector(a, b, FSL_EACH(2, 3, w + 2, w + 3));
+    p[2] = __builtin_shufflevector(c, d, FSL_EACH(0, 1, w, w + 1)), p[3] = __builtin_shufflevector(c, d, FSL_EACH(2, 3, w + 2, w + 3));
+  }
+#undef FSL_EACH
+
+  FSL_FN static Four four(const float* p) { return *reinterpret_cast<const FourAnywhere*>(p); }
+  // the four classes from k on, of every fourth row from `row` on
+  FSL_FN static V gather(const float* const* row, int64_t k) {
+#if FSL_BYTES == 16
+    return four(row[0] + k);
+#else
+    const Four a = four(row[0] + k), b = four(row[4] + k);
+    const auto ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#if FSL_BYTES == 32
+    return ab;
+#else
+    const Four c = four(row[8] + k), d = four(row[12] + k);
+    return __builtin_shufflevector(ab, __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
+                                   14, 15);
+#endif
+#endif
+  }
+  FSL_FN static void scatter(V v, float* const* row, int64_t k) {
+    for (int g = 0; g < kWidth / 4; ++g) {
+      const Four part = {v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]};
+      *reinterpret_cast<FourAnywhere*>(row[4 * g] + k) = part;
+    }
+  }
+
+  FSL_FN static void load(const float* const* row, int64_t k, float (*z)[16]) {
+    for (int i = 0; i < 16 / kWidth; ++i) {
+      V p[4];
+      for (int j = 0; j < 4; ++j) p[j] = gather(row + i * kWidth + j, k);
+      transpose(p);
+      for (int j = 0; j < 4; ++j) *reinterpret_cast<Native<float>::Unaligned*>(z[j] + i * kWidth) = p[j];
+    }
+  }
+  FSL_FN static void store(const float (*dz)[16], float* const* row, int64_t k) {
+    for (int i = 0; i < 16 / kWidth; ++i) {
+      V p[4];
+      for (int j = 0; j < 4; ++j) p[j] = *reinterpret_cast<const Native<float>::Unaligned*>(dz[j] + i * kWidth);
+      transpose(p);
+      for (int j = 0; j < 4; ++j) scatter(p[j], row + i * kWidth + j, k);
+    }
+  }
+};
+#endif
+
 // Lanes joined in a fixed order, halves upon halves, whatever the native width.
 template <class T, class F>
 FSL_FN T fold(Vec<T> a, F join) {
