@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -209,7 +209,7 @@ def apply(
     options: ops.Options,
     return_components: bool,
     backend: str | None,
-) -> Any:
+) -> Tensor | LossComponents:
     """:func:`cross_entropy` with its options settled."""
     if options.diversity_weight == 0 and not return_components:  # a penalty that nobody sees
         options = options._replace(diversity=_DIVERSITY_INDEX[None])
@@ -221,11 +221,12 @@ def apply(
     transformed = _transform_level() is not None or forward_ad._current_level >= 0
     weighted = weight is not None or sample_weight is not None
     learned = weighted and ((weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad))
-    plain = operators is None or transformed or learned
+    if transformed or learned:
+        operators = None
     # the CPU's kernel refuses what does not fit: the look for the reason is paid only then
-    if plain or compiling or weighted or type(logits) is not Tensor or operators.rescale is not None:
+    if operators is None or operators.rescale is not None or compiling or weighted or type(logits) is not Tensor:
         _check_tensors(logits, target, weight, sample_weight)
-    if plain:
+    if operators is None:
         if logits.device.type == "cpu" and not (transformed or compiling):
             _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
         components = LossComponents(*ops.plain(logits, target, weight, sample_weight, options))

@@ -47,8 +47,8 @@ class Loss(nn.Module):
         options = functional.options_of(
             self.ignore_index, self.reduction, self.label_smoothing, self.diversity, self.diversity_weight, self.z_loss
         )
-        loss: Tensor = functional.apply(logits, target, self._buffers["weight"], sample_weight, options, False, self.backend)
-        return loss
+        weight = self._buffers["weight"]  # as self.weight, without the detour that a module's attributes take
+        return functional.apply(logits, target, weight, sample_weight, options, False, self.backend)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return (

@@ -231,7 +231,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 # Function.apply without what it does for function transforms, which do not come here
-_apply = super(torch.autograd.Function, _CrossEntropy).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _CrossEntropy).apply
 
 
 def cross_entropy(
@@ -248,7 +248,7 @@ def cross_entropy(
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
         return loss, components if parts else None
     if logits.requires_grad and torch.is_grad_enabled():
-        result = _apply(logits, target, weight, sample_weight, operators, options, parts)
+        result = _apply(logits, target, weight, sample_weight, operators, options, parts)  # type: ignore[no-untyped-call]
         return result if parts else (result, None)
     with torch._C._AutoDispatchBelowAutograd():
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)

@@ -20,6 +20,13 @@ FSL_FN bool holds(Storage s) {
   return s == (sizeof(T) == 8 ? Storage::float64 : Storage::float32);
 }
 
+// Memory answers while the caches are worked on; hardware does not look past a page. A wrong address costs nothing.
+template <int kWrite>
+FSL_FN void prefetch_block(const char* p, Storage storage) {
+  for (int64_t i = 0; i < kBlock * bytes_of(storage); i += 64) __builtin_prefetch(p + i, kWrite);
+}
+constexpr int64_t kWriteAhead = 1024;  // bytes
+
 // A row with class stride 1 as blocks of 64 lanes. The true class and the padding read as -inf, which is what a class
 // that is not there looks like: no loop below knows of either. The two blocks that hold them are copies.
 template <class T>
@@ -51,6 +58,8 @@ struct RowBlocks {
     for (int i = 0; i < kBlock; ++i) buffer[i] = i < size(b) ? weight[b * kBlock + i] : T(0);
     return buffer;
   }
+  // Block b, which may lie behind the row: what is behind a part is read next.
+  FSL_FN void prefetch(int64_t b) const { prefetch_block<0>(logits + b * kBlock * bytes_of(storage), storage); }
 
  private:
   FSL_FN void copy(int64_t b, T* to) const {
@@ -124,6 +133,7 @@ FSL_LOOP RowMoments<T> reduce(const RowBlocks<T>& row, const T* weight, int64_t 
   acc.shift = V(shift);
   for (int64_t b = from; b < to; ++b) {
     const T* z = row.at(b, buffer);
+    row.prefetch(b + (to - from));
     const T* w = Needs & kWeighted ? row.weights_at(weight, b, weight_buffer) : z;
     FSL_ROLLED for (int i = 0; i < kBlock; i += V::kLanes) {
       const V e = acc.add(V::load(z + i), V(at), V::load(w + i));
@@ -169,6 +179,7 @@ FSL_LOOP void spread(const RowBlocks<T>& row, const T* weight, int64_t from, int
     const T* w = Needs & kWeighted ? row.weights_at(weight, b, weight_buffer) : z;
     char* to_memory = gradient + b * kBlock * bytes_of(row.storage);
     T* out = row.direct(b) ? reinterpret_cast<T*>(to_memory) : out_buffer;
+    prefetch_block<1>(to_memory + kWriteAhead, row.storage);
     FSL_ROLLED for (int i = 0; i < kBlock; i += V::kLanes) {
       const V zi = V::load(z + i), x = zi - at;
       const V e = exps ? V::load(exps + (b - from) * kBlock + i) : exp(x);
@@ -283,8 +294,8 @@ struct Tile {
   FSL_FN V labels(int64_t k) const {
     T label[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t y = row[lane].label - k;
-      label[lane] = row[lane].label < 0 ? T(-1) : T(y < 0 || y >= kTileClasses ? kTileClasses : y);
+      const int64_t y = row[lane].label;
+      label[lane] = y < 0 ? T(-1) : T(y < k || y >= k + kTileClasses ? kTileClasses : y - k);
     }
     return V::load(label);
   }
@@ -298,7 +309,8 @@ struct Tile {
       const T* line[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         line[lane] = reinterpret_cast<const T*>(row[lane].logits) + k;
-        if (!holds<T>(job.storage)) load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer[lane]), line[lane] = buffer[lane];
+        if (!holds<T>(job.storage))
+          load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer[lane]), line[lane] = buffer[lane];
       }
       load_columns(line, count, z);
     } else {

@@ -231,7 +231,8 @@ struct Columns {
   // lane 4 g + j of p[i] to lane 4 g + i of p[j]
   FSL_FN static void transpose(V (&p)[4]) {
     constexpr int w = kWidth;
-    const V a = __builtin_shufflevector(p[0], p[1], FSL_EACH(0, w, 1, w + 1)), b = __builtin_shufflevector(p[2], p[3], FSL_EACH(0, w, 1, w + 1));
+    const V a = __builtin_shufflevector(p[0], p[1], FSL_EACH(0, w, 1, w + 1)),
+            b = __builtin_shufflevector(p[2], p[3], FSL_EACH(0, w, 1, w + 1));
     const V c = __builtin_shufflevector(p[0], p[1], FSL_EACH(2, w + 2, 3, w + 3)),
             d = __builtin_shufflevector(p[2], p[3], FSL_EACH(2, w + 2, 3, w + 3));
     p[0] = __builtin_shufflevector(a, b, FSL_EACH(0, 1, w, w + 1)), p[1] = __builtin_shufflevector(a, b, FSL_EACH(2, 3, w + 2, w + 3));
