@@ -1,0 +1,98 @@
+"""What is timed side by side: ``Loss()``, its peers on this device, and two floors that no loss called from Python can go below."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import losses
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsoftloss import Loss
+
+LABELS = {
+    "ours": "Loss(), penalty included",
+    "cross_entropy": "F.cross_entropy, no penalty",
+    "penalised": "CE + penalty, torch operators",
+    "compiled_cross_entropy": "torch.compile(CE), no penalty",
+    "compiled_penalised": "torch.compile(CE + penalty)",
+    "liger": "Liger, no penalty",
+    "quack": "quack, no penalty",
+    "apex": "apex, no penalty",
+    "floor": "a Function that computes nothing",
+    "engine": "the same without Tensor.backward",
+}
+
+
+class Contender(NamedTuple):
+    loss: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor], object] = Tensor.backward
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target):
+        ctx.gradient = torch.empty_like(logits)
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.__dict__.pop("gradient"), None
+
+
+def _engine(loss: Tensor) -> None:
+    # what Tensor.backward calls at its end
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def _compiled(loss: Callable[[Tensor, Tensor], Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """For this one shape and this many threads: the generated code has both written in."""
+    from torch._inductor import config
+
+    config.cpp.threads = threads
+    return torch.compile(loss, dynamic=False)
+
+
+def _liger() -> Callable[[Tensor, Tensor], Tensor]:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return lambda logits, target: liger_cross_entropy(logits, target)
+
+
+def _quack() -> Callable[[Tensor, Tensor], Tensor]:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, target: cross_entropy(logits, target, reduction="mean")
+
+
+def _apex() -> Callable[[Tensor, Tensor], Tensor]:
+    from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+
+    return lambda logits, target: SoftmaxCrossEntropyLoss.apply(logits, target, 0.0, -100).mean()
+
+
+def gather(logits: Tensor, names: list[str]) -> dict[str, Contender]:
+    """Those of ``names`` that can take such logits here, made anew: what is compiled is compiled for this shape."""
+    torch.compiler.reset()
+    threads = torch.get_num_threads()
+    penalised = losses.TorchLogitVariance()
+    makers: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: Contender(Loss()),
+        "cross_entropy": lambda: Contender(F.cross_entropy),
+        "penalised": lambda: Contender(penalised),
+        "compiled_cross_entropy": lambda: Contender(_compiled(F.cross_entropy, threads)),
+        "compiled_penalised": lambda: Contender(_compiled(penalised, threads)),
+        "floor": lambda: Contender(_Nothing.apply),
+        "engine": lambda: Contender(_Nothing.apply, _engine),
+    }
+    if logits.is_cuda and logits.dim() == 2:
+        packages = {"liger": ("liger_kernel", _liger), "quack": ("quack", _quack), "apex": ("apex", _apex)}
+        for name, (package, make) in packages.items():
+            if importlib.util.find_spec(package):
+                makers[name] = lambda make=make: Contender(make())
+    return {name: make() for name, make in makers.items() if name in names}
