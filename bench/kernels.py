@@ -1,0 +1,213 @@
+"""What the GPU kernels do, without a GPU: ours beside the peers, over classes and dtype. Registers, spills, shared memory, access
+widths; and, simulated, traffic, instructions and accuracy.
+
+    PTXSIM=FOLDER python bench/kernels.py                      # writes bench/kernels/kernels.{json,md,png}: minutes
+    python bench/kernels.py --classes 10 1000 --dtypes bfloat16
+
+PTXSIM names the folder of ptxsim, which executes the compiled PTX (sm_80) on the CPU; without it the columns of the compiler remain.
+torch.compile's kernels need a CUDA build of torch; Liger and flash-attn appear where they are installed.
+
+Columns: *launches* of the phase and the *kernel* that moves the most, with its threads a program, registers, spilled bytes a thread and
+bytes of shared memory (cuobjdump); bytes a load and a store in most of its traffic; *bytes* in 32-byte sectors over the minimum (logits
+and targets read once, and the gradient written once in backward and both); PTX instructions and special functions (exp2, log2, 1/x,
+...) a logit; and the share of a GPU's limit, the minimum bytes at the datasheet's bandwidth, that a model of three floors (memory,
+issue slots, special functions; roofline.py of ptxsim) leaves. No figure here is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import families
+import inductor
+import offline
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsoftloss import reference
+
+CLASSES = (10, 100, 1000, 1003, 4096, 32000, 128256)
+DTYPES = ("bfloat16", "float32")
+PHASES = ("forward", "backward", "both")
+REGIMES = ("ordinary", "confident")
+GAP = 25.0  # of a confident row's true logit over all others
+EVIDENCE = (
+    "Compiled for sm_80 and simulated: PTX executed on the CPU, every read taken to miss the caches. "
+    "Shares of a GPU's limit are a model from datasheet rates. No GPU was used and nothing here is a time."
+)
+
+
+def rows_of(classes: int) -> int:
+    """Enough logits for what every launch costs anyway to fade."""
+    return 4096 if classes <= 100 else max(8, 1_200_000 // classes)
+
+
+def batch(rows: int, classes: int, dtype: str, regime: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(classes)
+    logits = 2 * torch.randn(rows, classes, generator=generator)
+    target = torch.randint(classes, (rows,), generator=generator)
+    if regime == "confident":
+        logits.scatter_(1, target.unsqueeze(1), logits.amax(1, keepdim=True) + GAP)
+    return logits.to(getattr(torch, dtype)), target
+
+
+def errors(result: families.Result, logits: Tensor, target: Tensor, diversity_weight: float | None) -> dict[str, Any]:
+    """Relative error of the loss, and of the gradient (the worst element over its row's largest), against float64."""
+    z = logits.double().requires_grad_()
+    diversity = None if diversity_weight is None else "logit_variance"
+    loss = reference.cross_entropy(z, target, diversity=diversity, diversity_weight=diversity_weight or 0.0)[0]
+    (gradient,) = torch.autograd.grad(loss, z)
+    far = (result.gradient.double() - gradient).abs().amax(1) / gradient.abs().amax(1)
+    return {
+        "loss": result.loss.double().item(),
+        "true_loss": loss.item(),
+        "loss_dtype": str(result.loss.dtype).removeprefix("torch."),
+        "loss_error": abs(result.loss.double() / loss - 1).item(),
+        "gradient_error": far.max().item(),
+    }
+
+
+def measure(classes: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
+    launches = offline.record()
+    there, missing = {}, {}
+    for name, family in families.TRITON.items():
+        reason = family.missing()
+        if reason:
+            missing[name] = f"{family.label}: {reason}"
+        else:
+            there[name] = (family, family.make(launches))
+    print("\n".join(missing.values()), file=sys.stderr)
+    figures, accuracy = [], []
+    cases = [(k, dtype, name) for k in classes for dtype in dtypes for name in there]
+    generated = [case for case in cases if case[2].startswith("inductor")]
+    inductor.prefetch((rows_of(k), k, dtype, name.removeprefix("inductor_")) for k, dtype, name in generated)
+    for k, dtype, name in (progress := tqdm(cases, leave=False)):
+        family, run = there[name]
+        progress.set_description(f"{family.label}, {k} classes, {dtype}")
+        about = {"family": name, "label": family.label, "penalty": family.diversity_weight is not None, "dtype": dtype, "classes": k}
+        rows = rows_of(k)
+        for regime in REGIMES if offline.simulated() else REGIMES[:1]:
+            logits, target = batch(rows, k, dtype, regime)
+            result = run(logits, target)
+            launches.clear()
+            if offline.simulated():
+                accuracy.append(about | {"rows": rows, "regime": regime} | errors(result, logits, target, family.diversity_weight))
+            for phase in PHASES if regime == "ordinary" else ():
+                if phase not in result.phases:
+                    continue
+                minimum = logits.nbytes * (1 if phase == "forward" else 2) + target.nbytes
+                row = about | {"rows": rows, "phase": phase} | offline.columns(result.phases[phase], logits.numel(), minimum)
+                figures.append(row | ({"plan": family.plan(logits)} if family.plan else {}))
+    for name, (label, weight, run) in families.CPU.items():
+        for k, dtype, regime in ((k, dtype, regime) for k in classes for dtype in dtypes for regime in REGIMES):
+            logits, target = batch(rows_of(k), k, dtype, regime)
+            about = {"family": name, "label": label, "penalty": weight is not None, "dtype": dtype, "classes": k, "rows": rows_of(k)}
+            accuracy.append(about | {"regime": regime} | errors(run(logits, target), logits, target, weight))
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"evidence": EVIDENCE, "versions": versions, "missing": missing, "kernels": figures, "accuracy": accuracy}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def kernel_table(figures: list[dict[str, Any]]) -> str:
+    lines = [
+        "| classes | kernels of | kernel | launches | threads | registers | spilled | shared | load / store, bytes | bytes / minimum | "
+        "instructions | special | A100 | H100 | B200 |",
+        "|---" * 15 + "|",
+    ]
+    for row in figures:
+        cells = [row["classes"], row["label"], f"`{row['kernel']}`", *(row[c] for c in ("launches", "threads", "registers", "spilled"))]
+        cells += [row["shared"], f"{row['load']} / {row['store']}"]
+        if "instructions" in row:
+            cells += [f"{row['bytes_over_minimum']:.2f}", _number(row["instructions"]), f"{row['special']:.2f}"]
+            cells += [f"{row[gpu]['share']:.0%} {row[gpu]['limiter']}" for gpu in offline.GPUS]
+        else:
+            cells += ["-"] * 6
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def accuracy_table(accuracy: list[dict[str, Any]]) -> str:
+    lines = [
+        "| classes | loss of | loss is | error of the loss | of the gradient | confident: of the loss | of the gradient |",
+        "|---" * 7 + "|",
+    ]
+    found = {(a["classes"], a["family"], a["regime"]): a for a in accuracy}
+    for (k, family, regime), one in sorted(found.items(), key=lambda item: item[0][0]):
+        if regime == "ordinary":
+            two = found[k, family, "confident"]
+            figures = [one["loss_error"], one["gradient_error"], two["loss_error"], two["gradient_error"]]
+            lines.append(f"| {k} | {one['label']} | {one['loss_dtype']} | " + " | ".join(f"{e:.1e}" for e in figures) + " |")
+    return "\n".join(lines)
+
+
+def losses(figures: list[dict[str, Any]]) -> list[str]:
+    """A line for each peer that is below ours in bytes or instructions, by more than the last digit shown."""
+    by_case = {(row["family"], row["dtype"], row["classes"], row["phase"]): row for row in figures if "instructions" in row}
+    found = []
+    for (family, *case), row in by_case.items():
+        ours, ours_ce = by_case.get(("ours", *case)), by_case.get(("ours_ce", *case))
+        if family.startswith("ours") or ours is None or ours_ce is None:
+            continue
+        for column, digit in (("bytes_over_minimum", 0.005), ("instructions", 0.05)):
+            if row[column] < ours[column] - digit:
+                alike = "" if row["penalty"] else f", which without the penalty, as the peer, are {_number(ours_ce[column])}"
+                dtype, k, phase = case
+                found.append(
+                    f"{dtype}, {k} classes, {phase}: {row['label']} {_number(row[column])} {column.replace('_', ' ')}, "
+                    f"ours {_number(ours[column])}{alike}"
+                )
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    parts = ["# GPU kernels, without a GPU", report["evidence"], " ".join(f"{k} {v}." for k, v in report["versions"].items())]
+    parts += [f"Not here: {reason}" for reason in report["missing"].values()]
+    for dtype in dict.fromkeys(row["dtype"] for row in report["kernels"]):
+        for phase in PHASES:
+            mine = [row for row in report["kernels"] if (row["dtype"], row["phase"]) == (dtype, phase)]
+            parts += [f"## {dtype}, {phase} (compiled; simulated; the shares of A100, H100 and B200 modelled)", kernel_table(mine)]
+        mine = [a for a in report["accuracy"] if a["dtype"] == dtype]
+        if mine:
+            parts += [f"## {dtype}, errors against float64 on the same logits (simulated, and executed on the CPU)", accuracy_table(mine)]
+    below = losses(report["kernels"])
+    parts += ["## Where a peer is below ours", "\n".join(f"* {line}" for line in below) if below else "Nowhere."]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "kernels", metavar="FOLDER")
+    args = parser.parse_args()
+    if not offline.simulated():
+        print("PTXSIM does not name the folder of ptxsim: no traffic, instructions, accuracy and model", file=sys.stderr)
+    report = measure(args.classes, args.dtypes)
+    text = markdown(report)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "kernels.md").write_text(text)
+    if offline.simulated():
+        import kernel_plots
+
+        kernel_plots.draw(report, args.out / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()
