@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,15 +35,21 @@ def missing() -> str | None:
 
 
 def _emit(rows: int, classes: int, dtype: str, which: str) -> tuple[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(os.environ["PTXSIM"]) / "inductor_offline.py"
-        command = [sys.executable, script, str(classes), dtype, str(rows), which, str(offline.CAPABILITY)]
-        done = subprocess.run(command, env=os.environ | {"OUT": folder}, cwd=folder, capture_output=True, text=True)
-        files = [Path(folder) / f"{which}_{dtype}_{classes}_{way}.py" for way in ("fwd", "bwd")]
-        if not all(file.exists() for file in files):
-            raise RuntimeError(f"{which} {dtype} {rows} x {classes}: {done.stdout[-500:]}{done.stderr[-1500:]}")
-        forward, backward = (file.read_text() for file in files)
-        return forward, backward
+    """Kept in the temporary folder: generating takes longer than all else."""
+    folder = Path(tempfile.gettempdir()) / f"fastsoftloss-inductor-{torch.__version__}-{rows}"
+    files = [folder / f"{which}_{dtype}_{classes}_{way}.py" for way in ("fwd", "bwd")]
+    if not all(file.exists() for file in files):
+        with tempfile.TemporaryDirectory() as fresh:
+            script = Path(os.environ["PTXSIM"]) / "inductor_offline.py"
+            command = [sys.executable, script, str(classes), dtype, str(rows), which, str(offline.CAPABILITY)]
+            done = subprocess.run(command, env=os.environ | {"OUT": fresh}, cwd=fresh, capture_output=True, text=True)
+            folder.mkdir(exist_ok=True)
+            for file in files:
+                if not (Path(fresh) / file.name).exists():
+                    raise RuntimeError(f"{which} {dtype} {rows} x {classes}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+                shutil.move(Path(fresh) / file.name, file)
+    forward, backward = (file.read_text() for file in files)
+    return forward, backward
 
 
 _emitter = ThreadPoolExecutor(1)  # a process of its own at a time, beside the simulations of this one

@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsoftloss import backends
+
 SIZES = ("1x10", "32x10", "128x10", "1024x10", "16384x10", "256x100", "65536x100", "256x1000", "1024x1000", "4096x1000", "512x32000")
 SIZES += ("8x21x256x256",)
 FULL = (*SIZES, "4096x32000", "2048x128256")
@@ -265,7 +267,13 @@ def main() -> int:
     names = list(dict.fromkeys(["ours", *args.peers]))
     random.seed(0)
     torch.manual_seed(0)
-    machine = {"processor": processor(device), "device": device.type, "cores": os.cpu_count(), "torch": torch.__version__}
+    machine = {
+        "processor": processor(device),
+        "device": device.type,
+        "cores": os.cpu_count(),
+        "kernels": backends.default(device) + backends.detail(backends.default(device)).removeprefix(","),
+        "torch": torch.__version__,
+    }
     print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; CE is F.cross_entropy, c() torch.compile")
     print(HEADER)
     report: dict[str, Any] = {"machine": machine, "results": []}
