@@ -40,7 +40,8 @@ SIZES += ("8x21x256x256",)
 FULL = (*SIZES, "4096x32000", "2048x128256")
 PHASES = ("evaluation", "forward", "backward", "both")
 CALLS = 5  # of a contender in a row, each round
-LONG = 0.02  # seconds; of a call that takes longer one is enough
+LONG = 0.02  # seconds; of a call that takes longer one in a row is enough
+PATIENCE = 60.0  # seconds; a case that takes longer has fewer rounds than three
 
 Quartiles = list[float]
 
@@ -164,21 +165,14 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, na
     samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in peers}
     copies: list[float] = []
     order = list(peers)
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < end:
+    begin, rounds = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds or (rounds < 3 and spent < PATIENCE):
         for name in random.sample(order, len(order)):
-            times = samples[name]
-            for call in range(1 + calls[name]):
-                both = step(peers[name])
-                if call or calls[name] == 1:  # what ran before has left its own data in the caches; a long call drowns that
-                    for phase, value in zip(PHASES[1:], both, strict=True):
-                        times[phase].append(value)
-                if calls[name] == 1:
-                    break
-            for call in range(1 + calls[name]):
-                value = evaluate(peers[name])
-                if call:
-                    times["evaluation"].append(value)
+            # the first call is not counted: what ran before has left its own data in the caches, and its memory to the system
+            for both in [step(peers[name]) for _ in range(1 + calls[name])][1:]:
+                for phase, value in zip(PHASES[1:], both, strict=True):
+                    samples[name][phase].append(value)
+            samples[name]["evaluation"] += [evaluate(peers[name]) for _ in range(1 + calls[name])][1:]
         copies += [copy() for _ in range(1 + CALLS)][1:]
         rounds += 1
 
