@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 def draw(report: dict[str, Any], path: Path) -> None:
     rows = [row for row in report["kernels"] if row["phase"] == "both"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, axes = plt.subplots(len(dtypes), 3, figsize=(15, 0.6 + 3.8 * len(dtypes)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(dtypes), 3, figsize=(15, 0.9 + 3.8 * len(dtypes)), layout="constrained", squeeze=False)
     for (instructions, traffic, share), dtype in zip(axes, dtypes, strict=True):
         for family in dict.fromkeys(row["family"] for row in rows):
             mine = sorted((row for row in rows if (row["family"], row["dtype"]) == (family, dtype)), key=lambda row: row["classes"])
@@ -31,7 +31,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for plot in (instructions, traffic, share):
             plot.set(xscale="log", xlabel="classes")
         traffic.axhline(1, color="0.7", linewidth=0.8, linestyle=":")
-    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle("PTX for sm_80 executed on the CPU (simulated) and a roofline model; no GPU was used", fontsize=10)
     figure.savefig(path, dpi=80)
     plt.close(figure)

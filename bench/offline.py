@@ -133,6 +133,10 @@ def widths(launch: Launch, way: str) -> str:
     return f"{width}" if share > 0.95 else f"{width} ({share:.0%})"
 
 
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
 def columns(launches: list[Launch], elements: int, minimum: int) -> dict[str, Any]:
     """The table's columns for one call. Those of a kernel are of the launch that moves the most, spills are the worst."""
     main = max(launches, key=lambda launch: (bytes_moved(launch), len(launch.ptx)))
@@ -152,14 +156,14 @@ def columns(launches: list[Launch], elements: int, minimum: int) -> dict[str, An
     reports = {gpu: [roofline.report(launch.stats, elements, minimum, gpu) for launch in launches] for gpu in GPUS}
     parts = reports[GPUS[0]]
     result |= {
-        "bytes_over_minimum": sum(map(bytes_moved, launches)) / minimum,
-        "instructions": sum(part["instructions_per_element"] for part in parts),
-        "special": sum(part["special_per_element"] for part in parts),
+        "bytes_over_minimum": _short(sum(map(bytes_moved, launches)) / minimum),
+        "instructions": _short(sum(part["instructions_per_element"] for part in parts)),
+        "special": _short(sum(part["special_per_element"] for part in parts)),
     }
     for gpu, each in reports.items():
         seconds = [max(report["floors_us"].values()) / 1e6 for report in each]
         longest = each[seconds.index(max(seconds))]
-        result[gpu] = {"share": minimum / roofline.GPUS[gpu][0] / sum(seconds), "limiter": longest["limiter"]}
+        result[gpu] = {"share": _short(minimum / roofline.GPUS[gpu][0] / sum(seconds)), "limiter": longest["limiter"]}
     return result
 
 

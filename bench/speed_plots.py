@@ -33,7 +33,7 @@ def draw(report: dict[str, Any], folder: Path) -> None:
     for dtype in dict.fromkeys(case["dtype"] for case in report["results"]):
         mine = [case for case in report["results"] if case["dtype"] == dtype]
         counts = list(dict.fromkeys(case["threads"] for case in mine))
-        figure, axes = plt.subplots(len(counts), 2, figsize=(12, 0.4 + 3.8 * len(counts)), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(len(counts), 2, figsize=(12, 0.8 + 3.6 * len(counts)), layout="constrained", squeeze=False)
         for (time_, share), threads in zip(axes, counts, strict=True):
             cases = _largest([case for case in mine if case["threads"] == threads])
             for name in SHOWN:
@@ -47,11 +47,11 @@ def draw(report: dict[str, Any], folder: Path) -> None:
                 (drawn,) = time_.plot(classes, [q[1] for q in quartiles], **style)
                 time_.fill_between(classes, [q[0] for q in quartiles], [q[2] for q in quartiles], color=drawn.get_color(), alpha=0.2)
                 share.plot(classes, [microbench.limit(case, name) for case in there], **style)
-            where = f"{threads} threads" if machine["device"] == "cpu" else machine["processor"]
+            where = f"threads: {threads}" if machine["device"] == "cpu" else machine["processor"]
             time_.set(xscale="log", yscale="log", xlabel="classes", ylabel="ns a logit", title=f"forward + backward, {dtype}, {where}")
             share.set(xscale="log", xlabel="classes", ylabel="share", ylim=(0, None), title="of the bandwidth of a copy, minimum bytes")
             share.axhline(1, color="0.7", linewidth=0.8, linestyle=":")
-        axes[0][0].legend(fontsize=7, frameon=False)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         sizes = ", ".join(microbench.size_of(case) for case in _largest(mine))
         figure.suptitle(f"{machine['processor']}, torch {machine['torch']}; {sizes}; bands are quartiles", fontsize=9)
         figure.savefig(folder / f"speed-{dtype}.png", dpi=80)
