@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from fastsoftloss import backends, ops, reference
@@ -15,7 +16,7 @@ from fastsoftloss import backends, ops, reference
 _DIVERSITY_INDEX = {name: index for index, name in enumerate(ops.DIVERSITIES)}
 _REDUCTION_INDEX = {name: index for index, name in enumerate(ops.REDUCTIONS)}
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_transform_level = torch._C._functorch.maybe_current_level
+_transforms = torch._C._functorch.get_dynamic_layer_stack_depth  # Dynamo knows it, unlike the current level
 _TARGETS = (torch.int64, torch.int32)
 
 
@@ -104,6 +105,8 @@ def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
 
 
 def _check_target_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    if isinstance(target, FakeTensor):  # it has no values
+        return
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if outside.any():
         where = outside.nonzero()[0].tolist()
@@ -218,7 +221,7 @@ def apply(
     operators = backends.choose(backend, logits.device)
     compiling = torch.compiler.is_compiling()
     # the kernels have no gradient for the weights, and function transforms trace plain operators
-    transformed = _transform_level() is not None or forward_ad._current_level >= 0
+    transformed = _transforms() > 0 or forward_ad._current_level >= 0
     weighted = weight is not None or sample_weight is not None
     learned = weighted and ((weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad))
     plain = operators is None or transformed or learned
