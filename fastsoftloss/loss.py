@@ -51,7 +51,8 @@ class Loss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
+        weight = "" if self.weight is None else f"weight={tuple(self.weight.shape)}, "
         return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"{weight}ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
             f"diversity={self.diversity!r}, diversity_weight={self.diversity_weight}, z_loss={self.z_loss}, backend={self.backend!r}"
         )
