@@ -10,7 +10,7 @@ from fastsoftloss import functional
 class Loss(nn.Module):
     """Cross-entropy plus a penalty on the diversity of the softmax over the non-true classes (arXiv:2303.12363).
 
-    A drop-in for :class:`torch.nn.CrossEntropyLoss` with index targets. The arguments are those of
+    A drop-in for :class:`torch.nn.CrossEntropyLoss`, and ``(y_a, y_b, mix)`` is a target too. The arguments are those of
     :func:`fastsoftloss.functional.cross_entropy`, which see for shapes, dtypes, units and errors; ``weight`` is a buffer.
 
         criterion = Loss()
@@ -42,8 +42,8 @@ class Loss(nn.Module):
         self.z_loss = z_loss
         self.backend = backend
 
-    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of ``logits`` against ``target``; ``sample_weight`` has target's shape."""
+    def forward(self, logits: Tensor, target: functional.Target, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` against ``target``; ``sample_weight`` has the shape of class indices."""
         options = functional.options_of(
             self.ignore_index, self.reduction, self.label_smoothing, self.diversity, self.diversity_weight, self.z_loss
         )

@@ -205,12 +205,26 @@ def _probability_rows(z: Tensor, t: Tensor, row_weight: Tensor | None, o: _Optio
     return _Rows(loss, ce, d, row_weight, torch.full_like(row_weight, classes > 0, dtype=torch.bool))
 
 
-def _mixed_rows(z: Tensor, mixed: tuple[Tensor, Tensor, Tensor | float], row_weight: Tensor | None, o: _Options) -> _Rows:
-    first, second, mix = mixed
-    mix = torch.as_tensor(mix, dtype=z.dtype, device=z.device).expand(z.shape[:-1])
-    one = torch.ones_like(mix) if row_weight is None else row_weight.to(z.dtype).expand_as(mix)
-    a, b = _index_rows(z, first, one * mix, o), _index_rows(z, second, one * (1 - mix), o)
-    return _Rows(*(p + q for p, q in zip(a[:4], b[:4], strict=True)), a.counted | b.counted)
+def pack_mixture(target: tuple[Tensor, Tensor, Tensor | float], sample_weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(y_a, y_b, mix)`` as two label tensors in one, (2, *rows), and the sample weight of each: a mixture is every row
+    twice, once for each label, with the mixing weight's share of the row's weight."""
+    first, second, mix = target
+    if first.dtype != second.dtype:
+        first, second = first.long(), second.long()
+    if isinstance(mix, Tensor):
+        mix = mix.to(dtype)
+        weights = torch.stack((mix, 1 - mix))
+        weights = weights if mix.dim() else weights.view(2, *[1] * first.dim())
+    else:
+        weights = torch.tensor((mix, 1 - mix), dtype=dtype, device=first.device).view(2, *[1] * first.dim())
+    if sample_weight is not None:
+        weights = weights * sample_weight.to(dtype)
+    return torch.stack((first, second)), weights.expand(2, *first.shape)
+
+
+def _mixed_rows(z: Tensor, target: Tensor, row_weight: Tensor | None, o: _Options) -> _Rows:
+    one, other = (_index_rows(z, target[i], None if row_weight is None else row_weight[i], o) for i in range(2))
+    return _Rows(*(p + q for p, q in zip(one[:4], other[:4], strict=True)), one.counted | other.counted)
 
 
 def _reduced(rows: _Rows, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,13 +256,16 @@ def cross_entropy(
 
     Shapes, dtypes, arguments and the three forms of a target are those of
     :func:`fastsoftloss.functional.cross_entropy`, which checks them first; here they are taken as good, save that a
-    target outside ``[0, K)`` gives its row a NaN loss. Differentiable to any order in ``logits``, ``weight`` and
-    ``sample_weight``, in class probabilities and in the weight of a mixture.
+    target outside ``[0, K)`` gives its row a NaN loss. A mixture may also come as :func:`pack_mixture` gives it.
+    Differentiable to any order in ``logits``, ``weight`` and ``sample_weight``, in class probabilities and in the weight
+    of a mixture.
     """
     z = logits.to(accumulation_dtype(logits.dtype))
     z = z.movedim(1, -1) if z.dim() > 1 else z
     options = _Options(weight, ignore_index, label_smoothing, diversity, diversity_weight, z_loss)
     if isinstance(target, tuple):
+        target, sample_weight = pack_mixture(target, sample_weight, z.dtype)
+    if target.dim() == z.dim() and not target.is_floating_point():
         rows = _mixed_rows(z, target, sample_weight, options)
     elif target.is_floating_point():
         t = target.to(z.dtype)
