@@ -69,6 +69,8 @@ def detail(name: str) -> str:
 def serves(name: str, device: torch.device) -> bool:
     """Can the backend, if it is there, take tensors on this device? Triton takes those on the CPU in its interpreter."""
     if name == "triton" and device.type == "cpu":
+        if torch.compiler.is_compiling():  # asking would break the graph; the operator finds out when it runs
+            return True
         return bool(importlib.import_module("fastsoftloss.triton_backend").runs_on_cpu())
     return name == "reference" or device.type == ("cuda" if name == "triton" else name)
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from fastsoftloss import backends, ops, reference
@@ -15,8 +16,12 @@ from fastsoftloss import backends, ops, reference
 _DIVERSITY_INDEX = {name: index for index, name in enumerate(ops.DIVERSITIES)}
 _REDUCTION_INDEX = {name: index for index, name in enumerate(ops.REDUCTIONS)}
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_transform_level = torch._C._functorch.maybe_current_level
+_transforms = torch._C._functorch.get_dynamic_layer_stack_depth  # Dynamo knows it, unlike the current level
 _TARGETS = (torch.int64, torch.int32)
+
+
+# class indices, class probabilities, or two class indices and the weight of the first
+Target = Tensor | tuple[Tensor, Tensor, Tensor | float]
 
 
 class LossComponents(NamedTuple):
@@ -71,20 +76,20 @@ def options_of(
     return _settle(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
 
 
-def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> None:
+def _check_tensors(logits: Tensor, target: Target, weight: Tensor | None, sample_weight: Tensor | None) -> None:
     if logits.dtype not in _LOGITS:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    if target.dtype not in _TARGETS:
-        hint = "; targets as class probabilities are not supported" if target.is_floating_point() else ""
-        raise TypeError(f"target must be class indices of int64 or int32, got {target.dtype}{hint}")
     if logits.dim() == 0:
         raise ValueError("logits must have a class dimension: (K,), (N, K) or (N, K, d1, ...), got a scalar")
     shape = logits.shape
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
-    if target.shape != rows:
-        raise ValueError(f"target must have shape {tuple(rows)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}")
-    if target.device != logits.device:
-        raise ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
+    if isinstance(target, Tensor):
+        if target.is_floating_point():
+            _check_probabilities(target, logits, rows)
+        else:
+            _check_indices("target", target, logits, rows)
+    else:
+        _check_mixed(target, logits, rows)
     if weight is not None:
         classes = shape[1] if len(shape) > 1 else shape[0]
         if weight.shape != (classes,):
@@ -96,6 +101,49 @@ def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None, sample
         _check_weight("sample_weight", sample_weight, logits)
 
 
+def _check_indices(name: str, target: Tensor, logits: Tensor, rows: torch.Size) -> None:
+    if target.dtype not in _TARGETS:
+        raise TypeError(f"{name} must be class indices of int64 or int32, got {target.dtype}")
+    if target.shape != rows:
+        raise ValueError(f"{name} must have shape {tuple(rows)} for logits of shape {tuple(logits.shape)}, got {tuple(target.shape)}")
+    if target.device != logits.device:
+        raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {target.device}")
+
+
+def _check_probabilities(target: Tensor, logits: Tensor, rows: torch.Size) -> None:
+    if target.dtype not in _LOGITS:
+        raise TypeError(f"target as class probabilities must be float32, float64, bfloat16 or float16, got {target.dtype}")
+    if target.shape != logits.shape:
+        hint = "; class indices must be int64 or int32" if target.shape == rows else ""
+        raise ValueError(
+            f"target as class probabilities must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}{hint}"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
+
+
+def _check_mixed(target: tuple[Tensor, Tensor, Tensor | float], logits: Tensor, rows: torch.Size) -> None:
+    if not isinstance(target, tuple) or len(target) != 3 or not all(isinstance(t, Tensor) for t in target[:2]):
+        raise TypeError(
+            "target must be a tensor, or a tuple of two tensors of class indices and the weight of the first, "
+            f"got {type(target).__name__}{f' of {len(target)}' if isinstance(target, (tuple, list)) else ''}"
+        )
+    *indices, mix = target
+    for i, index in enumerate(indices):
+        _check_indices(f"target[{i}]", index, logits, rows)
+    if isinstance(mix, Tensor):
+        if not mix.is_floating_point():
+            raise TypeError(f"target[2], the weight of target[0], must be a number or a floating-point tensor, got {mix.dtype}")
+        if mix.shape not in (rows, ()):
+            raise ValueError(f"target[2] must be a number or have the shape of target[0], {tuple(rows)}, got {tuple(mix.shape)}")
+        if mix.device != logits.device:
+            raise ValueError(f"target[2] must be on the device of logits, {logits.device}, got {mix.device}")
+    elif not isinstance(mix, (int, float)):
+        raise TypeError(f"target[2], the weight of target[0], must be a number or a floating-point tensor, got {mix!r}")
+    elif not 0 <= mix <= 1:
+        raise ValueError(f"target[2], the weight of target[0], must be between 0 and 1, got {mix!r}")
+
+
 def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
     if not weight.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {weight.dtype}")
@@ -103,20 +151,26 @@ def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {weight.device}")
 
 
-def _check_target_range(target: Tensor, classes: int, ignore_index: int) -> None:
+def _check_target_range(target: Target, classes: int, ignore_index: int, name: str = "target") -> None:
+    if isinstance(target, tuple):
+        for i in range(2):
+            _check_target_range(target[i], classes, ignore_index, f"target[{i}]")
+        return
+    if target.is_floating_point() or isinstance(target, FakeTensor):  # a fake has no values
+        return
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if outside.any():
         where = outside.nonzero()[0].tolist()
         index = ", ".join(map(str, where))
         raise IndexError(
-            f"target[{index}] is {int(target[tuple(where)])}, which is outside [0, {classes}) and is not ignore_index={ignore_index}"
+            f"{name}[{index}] is {int(target[tuple(where)])}, which is outside [0, {classes}) and is not ignore_index={ignore_index}"
         )
 
 
 @overload
 def cross_entropy(
     logits: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
@@ -134,7 +188,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     logits: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
@@ -151,7 +205,7 @@ def cross_entropy(
 
 def cross_entropy(
     logits: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -173,22 +227,31 @@ def cross_entropy(
     Args:
         logits: ``(K,)``, ``(N, K)`` or ``(N, K, d1, ...)``, any strides; float32, float64, bfloat16 or float16.
             A logit of -inf takes its class out of the row.
-        target: class indices, ``()``, ``(N,)`` or ``(N, d1, ...)``; int64 or int32.
+        target: one of
+
+            * class indices, ``()``, ``(N,)`` or ``(N, d1, ...)``; int64 or int32;
+            * class probabilities t, in the shape of the logits; float32, float64, bfloat16 or float16. The penalty is the
+              expectation over the label, sum_k t_k w_k D_k with D_k over the classes other than k; the mean divides by
+              the rows' number (by the summed ``sample_weight``), as PyTorch's does;
+            * ``(y_a, y_b, mix)``: class indices twice and the weight of the first, a number in [0, 1] or a tensor, ``()``
+              or of y_a's shape: mix * loss(y_a) + (1 - mix) * loss(y_b), as if the row were there twice with those
+              sample weights, in the mean's divisor too. Mixup's target, at the price of class indices.
         weight: ``(K,)``, a factor for each class, as in PyTorch.
-        ignore_index: rows with this target have a zero loss and a zero gradient, and do not count in the mean.
+        ignore_index: rows with this target have a zero loss and a zero gradient, and do not count in the mean. Has no
+            meaning for class probabilities.
         reduction: ``"mean"`` (over the summed weights of the rows that count), ``"sum"`` or ``"none"``.
-        label_smoothing: in [0, 1], as in PyTorch; the penalty always takes the row's one true class.
+        label_smoothing: in [0, 1], as in PyTorch; the penalty takes the target as it was given.
         diversity: ``"logit_variance"``, ``"kl"``, ``"reverse_kl"``, ``"chi2"``, ``"variance"`` or ``None``.
         diversity_weight: factor of the penalty.
         z_loss: factor of the squared log-sum-exp of the row.
-        sample_weight: target's shape; multiplies the row's class weight wherever that stands, in the mean's divisor too,
+        sample_weight: the rows' shape; multiplies the row's class weight wherever that stands, in the mean's divisor too,
             so a weight of 2 is the row twice.
         return_components: give :class:`LossComponents` instead of the loss alone, from the same pass.
         backend: ``None`` chooses by device; ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` asks for one.
             The environment variable ``FASTSOFTLOSS_BACKEND``, read at import, overrides both.
 
     Returns:
-        The loss, float32 (float64 for float64 logits): ``()``, or target's shape for ``reduction="none"``.
+        The loss, float32 (float64 for float64 logits): ``()``, or the shape of the rows, that of class indices, for ``reduction="none"``.
 
     Raises:
         ValueError: a shape, a device or an option that does not fit.
@@ -203,7 +266,7 @@ def cross_entropy(
 
 def apply(
     logits: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     options: ops.Options,
@@ -213,12 +276,14 @@ def apply(
     """:func:`cross_entropy` with its options settled."""
     if options.diversity_weight == 0 and not return_components:  # a penalty that nobody sees
         options = options._replace(diversity=_DIVERSITY_INDEX[None])
+    if not isinstance(target, Tensor) or target.is_floating_point():
+        return _apply_soft(logits, target, weight, sample_weight, options, return_components, backend)
     if target.dtype is torch.uint8:  # PyTorch takes it too
         target = target.long()
     operators = backends.choose(backend, logits.device)
     compiling = torch.compiler.is_compiling()
     # the kernels have no gradient for the weights, and function transforms trace plain operators
-    transformed = _transform_level() is not None or forward_ad._current_level >= 0
+    transformed = _transforms() > 0 or forward_ad._current_level >= 0
     weighted = weight is not None or sample_weight is not None
     learned = weighted and ((weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad))
     if transformed or learned:
@@ -240,6 +305,44 @@ def apply(
     except RuntimeError:
         _check_tensors(logits, target, weight, sample_weight)
         # the kernel stops at the first target out of range
+        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
+        raise
+    return loss if parts is None else LossComponents(loss, parts[0], parts[1])
+
+
+def _apply_soft(
+    logits: Tensor,
+    target: Target,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    options: ops.Options,
+    return_components: bool,
+    backend: str | None,
+) -> Any:
+    """:func:`apply` for the targets that are more than one label."""
+    _check_tensors(logits, target, weight, sample_weight)
+    operators = backends.choose(backend, logits.device)
+    dtype = reference.accumulation_dtype(logits.dtype)
+    if isinstance(target, tuple):
+        form = "mixture"
+        packed, sample_weight = reference.pack_mixture(target, sample_weight, dtype)
+    else:
+        form, packed = "probabilities", target
+    # the kernels differentiate by the logits, and function transforms trace plain operators
+    traced = _transforms() > 0 or forward_ad._current_level >= 0
+    learned = any(t is not None and t.requires_grad for t in (packed, weight, sample_weight))
+    if operators is None or form not in operators.forms or traced or learned:
+        if logits.device.type == "cpu" and not (traced or torch.compiler.is_compiling()):
+            _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
+        components = LossComponents(*ops.plain(logits, packed, weight, sample_weight, options))
+        return components if return_components else components.loss
+    if packed.is_floating_point() and (dtype is torch.float64 or packed.dtype is torch.float64):
+        packed = packed.to(dtype)
+    weight = None if weight is None else weight.to(dtype).contiguous()
+    sample_weight = None if sample_weight is None else sample_weight.to(dtype)
+    try:
+        loss, parts = ops.cross_entropy(operators, logits, packed, weight, sample_weight, options, return_components)
+    except RuntimeError:
         _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
         raise
     return loss if parts is None else LossComponents(loss, parts[0], parts[1])

@@ -10,7 +10,7 @@ from fastsoftloss import functional
 class Loss(nn.Module):
     """Cross-entropy plus a penalty on the diversity of the softmax over the non-true classes (arXiv:2303.12363).
 
-    A drop-in for :class:`torch.nn.CrossEntropyLoss` with index targets. The arguments are those of
+    A drop-in for :class:`torch.nn.CrossEntropyLoss`, and ``(y_a, y_b, mix)`` is a target too. The arguments are those of
     :func:`fastsoftloss.functional.cross_entropy`, which see for shapes, dtypes, units and errors; ``weight`` is a buffer.
 
         criterion = Loss()
@@ -42,8 +42,8 @@ class Loss(nn.Module):
         self.z_loss = z_loss
         self.backend = backend
 
-    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of ``logits`` against ``target``; ``sample_weight`` has target's shape."""
+    def forward(self, logits: Tensor, target: functional.Target, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` against ``target``; ``sample_weight`` has the shape of class indices."""
         options = functional.options_of(
             self.ignore_index, self.reduction, self.label_smoothing, self.diversity, self.diversity_weight, self.z_loss
         )
@@ -51,7 +51,8 @@ class Loss(nn.Module):
         return functional.apply(logits, target, weight, sample_weight, options, False, self.backend)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
+        weight = "" if self.weight is None else f"weight={tuple(self.weight.shape)}, "
         return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"{weight}ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
             f"diversity={self.diversity!r}, diversity_weight={self.diversity_weight}, z_loss={self.z_loss}, backend={self.backend!r}"
         )

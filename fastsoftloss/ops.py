@@ -23,8 +23,10 @@ _ARGUMENTS = (
     "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, int ignore_index, int reduction, "
     "float label_smoothing, int diversity, float diversity_weight, float z_loss"
 )
-# loss: () or target's shape; parts: (2, *loss.shape), cross-entropy and diversity, or (0,); dlogits: for an upstream
-# gradient of 1, or (0,); moments: what the backend's own backward wants to find again, or (0,)
+# target: class indices of the rows' shape, or class probabilities of the logits', or a mixture as reference.pack_mixture
+# gives it, with its sample_weight. loss: () or the rows' shape; parts: (2, *loss.shape), cross-entropy and diversity,
+# or (0,); dlogits: for an upstream gradient of 1, or (0,); moments: what the backend's own backward wants to find again,
+# or (0,)
 _FORWARD = f"({_ARGUMENTS}, bool parts, bool gradient) -> (Tensor loss, Tensor parts, Tensor dlogits, Tensor moments)"
 _BACKWARD = f"(Tensor upstream, Tensor moments, {_ARGUMENTS}) -> Tensor dlogits"
 
@@ -56,6 +58,13 @@ class Operators(NamedTuple):
     forward: Any
     backward: Any
     rescale: Callable[..., Tensor | None] | None
+    forms: tuple[str, ...] = ("index",)  # of a target, that its kernels take: "index", "mixture", "probabilities"
+
+
+def rows_of(logits: Tensor) -> torch.Size:
+    """The shape of the rows, which is that of class indices."""
+    shape = logits.shape
+    return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
 
 
 def plain(
@@ -96,10 +105,15 @@ def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> 
     return dlogits
 
 
+def _is_plain(upstream: Tensor) -> bool:
+    """Not a batch of gradients, nor a fake: with those only the backward knows what to do."""
+    return type(upstream) is Tensor and not _is_wrapped(upstream) and not _is_batched(upstream)
+
+
 def _rescale_on_host(dlogits: Tensor, upstream: Tensor) -> Tensor | None:
     """:attr:`Operators.rescale` where reading ``upstream`` costs nothing."""
-    if type(upstream) is not Tensor or _is_wrapped(upstream) or _is_batched(upstream):
-        return None  # a batch of gradients, or a fake: the backward knows what to do with them
+    if not _is_plain(upstream):
+        return None
     if upstream.dim() == 0:
         factor = upstream.item()
         if factor == 1:
@@ -122,6 +136,7 @@ def define(
     name: str,
     rescale: Callable[..., Tensor | None] | None = None,
     outputs: Callable[[Tensor, Tensor, int], tuple[int, bool]] = _no_moments,
+    forms: tuple[str, ...] = ("index",),
 ) -> Operators:
     """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; their kernels are registered beside them.
 
@@ -136,7 +151,7 @@ def define(
         *_, parts, gradient = rest
         _check_devices(logits, target, weight, sample_weight)
         dtype = reference.accumulation_dtype(logits.dtype)
-        shape = target.shape if REDUCTIONS[reduction] == "none" else ()
+        shape = rows_of(logits) if REDUCTIONS[reduction] == "none" else ()
         size, fused = outputs(logits, target, reduction)
         return (
             logits.new_empty(shape, dtype=dtype),
@@ -180,7 +195,7 @@ def define(
 
     torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
     torch.library.register_autograd(f"fastsoftloss::{name}_backward", backward_gradient, setup_context=save_backward, lib=_library)
-    return Operators(forward, backward, rescale)
+    return Operators(forward, backward, rescale, forms)
 
 
 def implement(name: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:
@@ -223,7 +238,7 @@ class _CrossEntropy(torch.autograd.Function):
                 return dlogits, None, None, None, None, None, None
         *inputs, moments = ctx.saved_tensors
         if dlogits is not None:
-            dlogits = operators.rescale(dlogits, upstream, moments, *inputs, *ctx.options)
+            dlogits = operators.rescale(dlogits, upstream, moments, *inputs, *ctx.options) if _is_plain(upstream) else None
         if dlogits is None:
             with torch._C._AutoDispatchBelowAutograd():
                 dlogits = operators.backward(upstream, moments, *inputs, *ctx.options)
