@@ -11,17 +11,26 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import inductor
+import offline
 import torch
 import torch.nn.functional as F
 from offline import Launch
 from torch import Tensor
 
 from fastsoftloss import functional, triton_plan
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.append(str(TESTS))  # where the CUDA backend's simulated build is
 
 
 class Result(NamedTuple):
@@ -57,28 +66,57 @@ def _step(loss_of: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: T
 # ---------------------------------------------------------------- fastsoftloss
 
 
-def _ours(diversity: str | None) -> Callable[[list[Launch]], Run]:
+def _ours(backend: str, diversity: str | None, prepare: Callable[[list[Launch]], None]) -> Callable[[list[Launch]], Run]:
     def make(launches: list[Launch]) -> Run:
-        from fastsoftloss import triton_backend
-
-        # one multiprocessor: programs have many rows each, as they do where a batch fills a device
-        triton_backend._multiprocessors = lambda device: 1
-        operators = functional.backends.choose("triton", torch.device("cpu"))
+        prepare(launches)
+        operators = functional.backends.choose(backend, torch.device("cpu"))
         options = functional.options_of(-100, "mean", 0.0, diversity, 1.0, 0.0)
+
+        def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+            return functional.cross_entropy(logits, target, diversity=diversity, backend=backend)
 
         def run(logits: Tensor, target: Tensor) -> Result:
             inputs = (logits, target, None, None, *options)
             (_, _, _, moments), forward = _during(launches, lambda: operators.forward(*inputs, False, False))
             _, backward = _during(launches, lambda: operators.backward(torch.tensor(2.0), moments, *inputs))
-            step = _during(
-                launches, lambda: _step(lambda z, t: functional.cross_entropy(z, t, diversity=diversity, backend="triton"), logits, target)
-            )
-            (loss, gradient), both = step
+            (loss, gradient), both = _during(launches, lambda: _step(loss_of, logits, target))
             return Result({"forward": forward, "backward": backward, "both": both}, loss, gradient)
 
         return run
 
     return make
+
+
+def _triton_prepared(launches: list[Launch]) -> None:
+    from fastsoftloss import triton_backend
+
+    # one multiprocessor: programs have many rows each, as they do where a batch fills a device
+    triton_backend._multiprocessors = lambda device: 1
+
+
+def _cuda_prepared(launches: list[Launch]) -> None:
+    """The library's own launchers over a CUDA runtime without a GPU, as the tests have it."""
+    cuda_mode = importlib.import_module("cuda_mode")
+    sim = cuda_mode.simulator()
+    importlib.import_module("cudasim")._load_runtime().cudasim_set(sim._callback, 1, 8, 0, 166912)  # one multiprocessor, as above
+    resources = offline.resources_of_cubins(cuda_mode.SOURCES, cuda_mode.nvcc(), cuda_mode.NVCC_FLAGS)
+
+    class Into(list[Any]):
+        def append(self, launch: Any) -> None:
+            super().append(launch)
+            name, grid, block, shared, stats = launch
+            plain = subprocess.run(["c++filt", "-p", name], capture_output=True, text=True).stdout.strip() or name
+            launches.append(Launch(plain.rsplit("::", 1)[-1], grid, math.prod(block), shared, *resources[name], "", stats))
+
+    sim.launches = Into()
+
+
+def _cuda_missing() -> str | None:
+    if not (TESTS / "cuda_mode.py").exists():
+        return "this version has no C++/CUDA kernels"
+    if not offline.simulated():
+        return "its launchers run over the simulator's CUDA runtime (PTXSIM)"
+    return None if shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc").exists() else "there is no nvcc"
 
 
 def _plan(logits: Tensor) -> dict[str, Any]:
@@ -146,9 +184,11 @@ def _here() -> str | None:
 
 
 FLASH = "FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps flash-attn"
-TRITON = {
-    "ours": Family("fastsoftloss, Triton", 1.0, _ours("logit_variance"), _here, _plan),
-    "ours_ce": Family("fastsoftloss, Triton, no penalty", None, _ours(None), _here, _plan),
+FAMILIES = {
+    "ours": Family("fastsoftloss, Triton", 1.0, _ours("triton", "logit_variance", _triton_prepared), _here, _plan),
+    "ours_ce": Family("fastsoftloss, Triton, no penalty", None, _ours("triton", None, _triton_prepared), _here, _plan),
+    "cuda": Family("fastsoftloss, CUDA", 1.0, _ours("cuda", "logit_variance", _cuda_prepared), _cuda_missing),
+    "cuda_ce": Family("fastsoftloss, CUDA, no penalty", None, _ours("cuda", None, _cuda_prepared), _cuda_missing),
     "liger": Family("Liger", None, _liger, _installed("liger_kernel", "pip install --no-deps liger-kernel")),
     "flash": Family("flash-attn", None, _flash, _installed("flash_attn", FLASH)),
     "inductor_ce": Family("torch.compile, CE", None, _inductor("ce"), inductor.missing),

@@ -7,12 +7,15 @@ memory come from ``cuobjdump``; traffic and instructions are *simulated*; shares
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,14 +37,33 @@ class Launch(NamedTuple):
     stats: dict[str, Any] | None  # ptxsim's; None where nothing was executed
 
 
-def resources(cubin: Path) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory) a thread."""
+def resources(cubin: Path) -> dict[str, tuple[int, int]]:
+    """Kernel -> (registers, bytes of stack and local memory) a thread."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    return number["REG"], number["STACK"] + number["LOCAL"]
+    found = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    return {name: (int(registers), int(stack) + int(local)) for name, registers, stack, local in found}
+
+
+def resources_of_cubins(sources: Sequence[Path], nvcc: str, flags: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The same of all kernels in CUDA sources; compiled once for the sources as they are."""
+    texts = b"".join(path.read_bytes() for path in sorted(sources[0].parents[1].rglob("*.*h")) + list(sources))
+    folder = Path(tempfile.gettempdir()) / f"fastsoftloss-cubins-{hashlib.sha256(texts).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+
+    def compiled(source: Path) -> Path:
+        cubin = folder / f"{source.stem}.cubin"
+        if not cubin.exists():
+            half = cubin.with_suffix(".half")
+            subprocess.run([nvcc, *flags, f"-arch=sm_{CAPABILITY}", "-cubin", source, "-o", half], check=True)
+            half.rename(cubin)
+        return cubin
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cubins = list(pool.map(compiled, sources))
+    return {name: used for cubin in cubins for name, used in resources(cubin).items()}
 
 
 def simulated() -> bool:
@@ -95,7 +117,7 @@ def record() -> list[Launch]:
             super().__init__(src, metadata)
             files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
             self.compiled, self.text = metadata, Path(files[f"{metadata.name}.ptx"]).read_text()
-            self.resources = resources(Path(files[f"{metadata.name}.cubin"]))
+            (self.resources,) = resources(Path(files[f"{metadata.name}.cubin"])).values()
 
         def __call__(self, gx: int, gy: int, gz: int, *args: Any) -> None:
             super().__call__(gx, gy, gz, *args)
