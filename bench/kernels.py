@@ -192,6 +192,12 @@ def markdown(report: dict[str, Any]) -> str:
         mine = [a for a in report["accuracy"] if a["dtype"] == dtype]
         if mine:
             parts += [f"## {dtype}, errors against float64 on the same logits (simulated, and executed on the CPU)", accuracy_table(mine)]
+    planned = {(row["dtype"], row["classes"]): row["plan"] for row in report["kernels"] if "plan" in row}
+    if planned:
+        fields = list(next(iter(planned.values())))
+        lines = ["| | classes | " + " | ".join(fields) + " |", "|---" * (2 + len(fields)) + "|"]
+        lines += ["| " + " | ".join(map(str, (*case, *plan.values()))) + " |" for case, plan in planned.items()]
+        parts += ["## Launch plans of the Triton kernels: 4096 rows on 132 multiprocessors", "\n".join(lines)]
     below = losses(report["kernels"])
     parts += ["## Where a peer is below ours", "\n".join(f"* {line}" for line in below) if below else "Nowhere."]
     return "\n\n".join(parts) + "\n"

@@ -41,7 +41,7 @@ FULL = (*SIZES, "4096x32000", "2048x128256")
 PHASES = ("evaluation", "forward", "backward", "both")
 CALLS = 5  # of a contender in a row, each round
 LONG = 0.02  # seconds; of a call that takes longer one in a row is enough
-PATIENCE = 60.0  # seconds; a case that takes longer has fewer rounds than three
+PATIENCE = 30.0  # seconds; a case that takes longer has fewer rounds than three
 
 Quartiles = list[float]
 
