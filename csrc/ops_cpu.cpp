@@ -85,22 +85,32 @@ struct Operand {
   int64_t stride(int64_t d) const { return strides[skip >= 0 && d >= skip ? d + 1 : d] * bytes; }
 };
 
+// The logits' sizes without the class dimension.
+struct RowSizes {
+  explicit RowSizes(const Tensor& logits) : logits(logits), dims(logits.dim() - 1), class_dim(logits.dim() > 1 ? 1 : 0) {}
+  int64_t operator[](int64_t d) const { return logits.size(d < class_dim ? d : d + 1); }
+
+  const Tensor& logits;
+  const int64_t dims, class_dim;
+};
+
 // Row dimensions that all operands walk alike are one dimension.
 template <class T>
-void set_rows(fastsoftloss::Job<T>& job, const Tensor& target, const Operand* operands, int count) {
-  const auto sizes = target.sizes();
-  job.rows = target.numel();
+void set_rows(fastsoftloss::Job<T>& job, const RowSizes& sizes, const Operand* operands, int count) {
+  job.rows = 1;
   int dims = 0;
-  for (int64_t d = 0; d < target.dim(); ++d) {
-    if (sizes[d] == 1) continue;
+  for (int64_t d = 0; d < sizes.dims; ++d) {
+    const int64_t size = sizes[d];
+    job.rows *= size;
+    if (size == 1) continue;
     bool joins = dims > 0;
-    for (int i = 0; i < count; ++i) joins = joins && operands[i].out->of[dims - 1] == operands[i].stride(d) * sizes[d];
+    for (int i = 0; i < count; ++i) joins = joins && operands[i].out->of[dims - 1] == operands[i].stride(d) * size;
     if (!joins) {
       STD_TORCH_CHECK(dims < fastsoftloss::kMaxRowDims, "logits have more than ", fastsoftloss::kMaxRowDims,
                       " dimensions that cannot be joined");
       job.row_size[dims++] = 1;
     }
-    job.row_size[dims - 1] *= sizes[d];
+    job.row_size[dims - 1] *= size;
     for (int i = 0; i < count; ++i) operands[i].out->of[dims - 1] = operands[i].stride(d);
   }
   job.row_dims = dims;
@@ -117,31 +127,47 @@ struct Inputs {
   double diversity_weight, z_loss;
 };
 
+fastsoftloss::Form form_of(const Inputs& in) {
+  const ScalarType type = in.target.scalar_type();
+  if (type != ScalarType::Long && type != ScalarType::Int) return fastsoftloss::Form::probabilities;
+  return in.target.dim() == in.logits.dim() ? fastsoftloss::Form::mixture : fastsoftloss::Form::index;
+}
+
 // What functional.py explains, this refuses: nothing below may read where it should not.
 void check(const Inputs& in, const Tensor* upstream) {
-  const int64_t dims = in.logits.dim(), class_dim = dims > 1 ? 1 : 0;
-  STD_TORCH_CHECK(dims <= kMaxDims, "logits have more than ", kMaxDims, " dimensions");
-  bool fits = dims > 0 && in.target.dim() == dims - 1;
-  for (int64_t d = 0; fits && d < dims - 1; ++d) fits = in.target.size(d) == in.logits.size(d < class_dim ? d : d + 1);
-  STD_TORCH_CHECK(fits, "target must have the shape of logits without the class dimension");
-  const ScalarType index = in.target.scalar_type();
-  STD_TORCH_CHECK(index == ScalarType::Long || index == ScalarType::Int, "target must be int64 or int32");
+  using fastsoftloss::Form;
+  STD_TORCH_CHECK(in.logits.dim() > 0 && in.logits.dim() <= kMaxDims, "logits must have from 1 to ", kMaxDims, " dimensions");
+  STD_TORCH_CHECK(in.logits.is_cpu() && in.target.is_cpu(), "logits and target must be on the CPU");
+  const RowSizes rows(in.logits);
   const ScalarType type = in.logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto like_rows = [&](const Tensor& t) {
-    bool same = t.dim() == dims - 1 && t.scalar_type() == type && t.is_cpu();
-    for (int64_t d = 0; same && d < dims - 1; ++d) same = t.size(d) == in.target.size(d);
+  // one value a row, or two where a mixture has two labels
+  const auto like_rows = [&](const Tensor& t, bool two) {
+    bool same = t.dim() == rows.dims + two && (!two || t.size(0) == 2);
+    for (int64_t d = 0; same && d < rows.dims; ++d) same = t.size(d + two) == rows[d];
     return same;
   };
-  STD_TORCH_CHECK(in.logits.is_cpu() && in.target.is_cpu(), "logits and target must be on the CPU");
+  const Form form = form_of(in);
+  const bool two = form == Form::mixture;
+  if (form == Form::probabilities) {
+    bool fits = in.target.dim() == in.logits.dim();
+    for (int64_t d = 0; fits && d < in.logits.dim(); ++d) fits = in.target.size(d) == in.logits.size(d);
+    STD_TORCH_CHECK(fits, "target must have the shape of logits, or without the class dimension and be int64 or int32");
+    const ScalarType of = in.target.scalar_type();
+    STD_TORCH_CHECK(of == type || (type == ScalarType::Float && (of == ScalarType::BFloat16 || of == ScalarType::Half)),
+                    "target must be int64 or int32, or probabilities in the dtype of the arithmetic or 16 bits");
+  } else {
+    STD_TORCH_CHECK(like_rows(in.target, two), "target must have the shape of logits without the class dimension");
+  }
+  const auto weighs = [&](const Tensor& t, bool both) { return like_rows(t, both) && t.scalar_type() == type && t.is_cpu(); };
   if (in.weight)
-    STD_TORCH_CHECK(in.weight->dim() == 1 && in.weight->size(0) == in.logits.size(class_dim) && in.weight->scalar_type() == type &&
+    STD_TORCH_CHECK(in.weight->dim() == 1 && in.weight->size(0) == in.logits.size(rows.class_dim) && in.weight->scalar_type() == type &&
                         in.weight->is_contiguous() && in.weight->is_cpu(),
                     "weight must hold one contiguous value for each class, in the dtype of the arithmetic");
   if (in.sample_weight)
-    STD_TORCH_CHECK(like_rows(*in.sample_weight), "sample_weight must have the shape of target and the dtype of the arithmetic");
+    STD_TORCH_CHECK(weighs(*in.sample_weight, two), "sample_weight must have the shape of target and the dtype of the arithmetic");
   if (upstream)
     STD_TORCH_CHECK(
-        in.reduction == kNone ? like_rows(*upstream) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
+        in.reduction == kNone ? weighs(*upstream, false) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
         "the upstream gradient must have the shape and the dtype of the loss");
   STD_TORCH_CHECK(in.reduction >= kNone && in.reduction <= kSum, "reduction must be 0, 1 or 2");
   STD_TORCH_CHECK(in.diversity >= 0 && in.diversity <= int64_t(fastsoftloss::Diversity::variance), "diversity must be from 0 to 5");
@@ -152,20 +178,30 @@ void check(const Inputs& in, const Tensor* upstream) {
 template <class T>
 fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Tensor* upstream, double* divisor) {
   fastsoftloss::Job<T> job;
-  const int64_t class_dim = in.logits.dim() > 1 ? 1 : 0;
+  const RowSizes rows(in.logits);
+  const int64_t class_dim = rows.class_dim;
   job.classes = in.logits.size(class_dim);
   job.storage = storage_of(in.logits.scalar_type());
   const int64_t bytes = fastsoftloss::bytes_of(job.storage);
   job.logits = static_cast<const char*>(in.logits.const_data_ptr());
   job.logits_step = in.logits.stride(class_dim) * bytes;
   job.target = static_cast<const char*>(in.target.const_data_ptr());
+  job.form = form_of(in);
   job.wide_target = in.target.scalar_type() == ScalarType::Long;
+  const int64_t two = job.form == fastsoftloss::Form::mixture;  // both labels stand first
+  int64_t target_class_dim = -1, target_bytes = job.wide_target ? 8 : 4;
+  if (job.form == fastsoftloss::Form::probabilities) {
+    job.target_storage = storage_of(in.target.scalar_type());
+    target_class_dim = class_dim;
+    target_bytes = fastsoftloss::bytes_of(job.target_storage);
+  }
+  if (job.form != fastsoftloss::Form::index) job.target_step = in.target.stride(two ? 0 : class_dim) * target_bytes;
   job.ignore_index = in.ignore_index;
 
   Operand operands[5];
   int count = 0;
   operands[count++] = {in.logits.strides().data(), class_dim, bytes, &job.logits_rows};
-  operands[count++] = {in.target.strides().data(), -1, job.wide_target ? 8 : 4, &job.target_rows};
+  operands[count++] = {in.target.strides().data() + two, target_class_dim, target_bytes, &job.target_rows};
   if (gradient) {
     job.gradient = static_cast<char*>(gradient->mutable_data_ptr());
     job.gradient_step = gradient->stride(class_dim) * bytes;
@@ -174,13 +210,14 @@ fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Te
   if (in.weight) job.class_weight = static_cast<const T*>(in.weight->const_data_ptr());
   if (in.sample_weight) {
     job.sample_weight = static_cast<const char*>(in.sample_weight->const_data_ptr());
-    operands[count++] = {in.sample_weight->strides().data(), -1, sizeof(T), &job.sample_weight_rows};
+    if (two) job.sample_weight_step = in.sample_weight->stride(0) * int64_t(sizeof(T));
+    operands[count++] = {in.sample_weight->strides().data() + two, -1, sizeof(T), &job.sample_weight_rows};
   }
   if (upstream && upstream->dim() > 0) {
     job.upstream = static_cast<const char*>(upstream->const_data_ptr());
     operands[count++] = {upstream->strides().data(), -1, sizeof(T), &job.upstream_rows};
   }
-  set_rows(job, in.target, operands, count);
+  set_rows(job, rows, operands, count);
 
   auto& o = job.options;
   o.diversity = static_cast<fastsoftloss::Diversity>(in.diversity);
@@ -212,7 +249,7 @@ Outputs forward(const Inputs& in, bool parts, bool gradient) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   int64_t shape[kMaxDims] = {2}, dims = 0;  // of the parts; without the 2, of the loss
   if (in.reduction == kNone)
-    for (; dims < in.target.dim(); ++dims) shape[dims + 1] = in.target.size(dims);
+    for (const RowSizes rows(in.logits); dims < rows.dims; ++dims) shape[dims + 1] = rows[dims];
   const int64_t nothing = 0;
   Tensor loss = empty(shape + 1, dims, type);
   Tensor components = parts ? empty(shape, dims + 1, type) : empty(&nothing, 1, type);

@@ -22,11 +22,37 @@ struct LossOptions {
 };
 
 // dz_j = e_j (a + b e_j + t x_j) + e0 + e1 x_j + ew w_j for j in the complement, with e_j and x_j as in RowMoments;
-// the true class gets `label`, a class masked with -inf gets `masked` + ew w_j.
+// the true class gets `label`, a mixture's second one `other`, a class masked with -inf gets `masked` + ew w_j.
 template <class T>
 struct RowGradient {
-  T a = T(0), b = T(0), t = T(0), e0 = T(0), e1 = T(0), ew = T(0), masked = T(0), label = T(0);
+  T a = T(0), b = T(0), t = T(0), e0 = T(0), e1 = T(0), ew = T(0), masked = T(0), label = T(0), other = T(0);
 };
+
+// g += factor times h, label by label; both about the same m.
+template <class T>
+FSL_FN void add(RowGradient<T>& g, T factor, const RowGradient<T>& h) {
+  g.a = g.a + factor * h.a, g.b = g.b + factor * h.b, g.t = g.t + factor * h.t;
+  g.e0 = g.e0 + factor * h.e0, g.e1 = g.e1 + factor * h.e1, g.ew = g.ew + factor * h.ew;
+  g.masked = g.masked + factor * h.masked, g.label = g.label + factor * h.label, g.other = g.other + factor * h.other;
+}
+
+// The same gradient about another m, lower by -down: e = e' exp(down) and x = x' + down.
+template <class T>
+FSL_FN RowGradient<T> about(RowGradient<T> g, T down) {
+  const T step = max(down, T(-1000)), f = exp(step);  // exp is 0 there, and 0 * -inf must not appear
+  g.a = f * (g.a + g.t * step);
+  g.b = f * f * g.b;
+  g.t = f * g.t;
+  g.e0 = g.e0 + g.e1 * down;
+  return g;
+}
+
+// What the gradient gives one class of the complement, x from m.
+template <class T>
+FSL_FN T slope_at(const RowGradient<T>& g, T x, T w) {
+  const T e = exp(x);
+  return select(x == T(-Limits<T>::infinity()), g.masked, e * (g.a + g.b * e + g.t * x) + (g.e0 + g.e1 * x)) + g.ew * w;
+}
 
 template <class T>
 struct RowLoss {
@@ -46,14 +72,20 @@ FSL_FN unsigned moments_of(const LossOptions& o) {
   return moments_of(o.diversity) | smoothing;
 }
 
-// z_y: the true class's logit. class_weight: w_y. row_weight: the row's sample weight. scale: what the gradient is
-// multiplied by besides, the upstream gradient over the mean's divisor.
+// How a class stands against its complement.
 template <class T>
-FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const LossOptions& o) {
+struct Margin {
+  T s, p;   // 1 - p_y, p_y
+  T ce;     // -log p_y
+  T lift;   // lse - m
+};
+
+template <class T>
+FSL_FN Margin<T> margin(const RowMoments<T>& r, T z_y) {
   const T zero(0), one(1);
   const auto some = r.n > zero;
   // without a class s1 is 0, or NaN where the only classes were: that must not be replaced
-  const T n = max(r.n, one), s1 = r.s1 + select(some, zero, one), inv_s1 = one / s1;
+  const T s1 = r.s1 + select(some, zero, one), inv_s1 = one / s1;
 
   // The margin is delta = d + log s1. Its odds are taken as exp(d) s1, so that no logarithm is rounded on the way, the
   // rounding of d is put back (two-sum), and exp(d/2) is applied twice, since s1 may lift what exp(d) would flush to 0.
@@ -64,57 +96,86 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost), zero);  // NaN where a logit is infinite
   const T v = select(wrong, h * inv_s1, h * s1) * h * (one + tilt);                // odds, or their inverse if wrong
   const T share = one / (one + v), log1p_v = log1p(v), log_s1 = log(s1);
-  const T s = select(wrong, share, v * share);                                   // 1 - p_y
-  const T p = select(wrong, v * share, share);                                   // p_y
-  const T ce_row = log1p_v + select(wrong, d + log_s1, zero);                    // softplus(delta)
-  const T lift = select(some, log1p_v + select(wrong, log_s1, zero - d), zero);  // lse - m
+  Margin<T> out;
+  out.s = select(wrong, share, v * share);
+  out.p = select(wrong, v * share, share);
+  out.ce = log1p_v + select(wrong, d + log_s1, zero);                     // softplus(delta)
+  out.lift = select(some, log1p_v + select(wrong, log_s1, zero - d), zero);
+  return out;
+}
 
-  RowGradient<T> g;
-  T penalty(0);
-  if (o.diversity != Diversity::none) {
-    const T inv_n = one / n;
-    const T weight = select(r.n > one, T(o.diversity_weight), zero);  // one class has no spread
-    switch (o.diversity) {
-      case Diversity::logit_variance:
-        penalty = r.m2 * inv_n;
-        g.e1 = weight * inv_n * T(2);
-        g.e0 = zero - g.e1 * r.mean;
-        break;
-      case Diversity::kl: {
-        const T mean_x = r.sx * inv_s1;  // log q_j + H = x_j - mean_x
-        penalty = mean_x - log(s1 * inv_n);
-        g.t = weight * inv_s1;
-        g.a = zero - g.t * mean_x;
-        break;
-      }
-      case Diversity::reverse_kl:
-        penalty = log(s1 * inv_n) - r.mean;
-        g.a = weight * inv_s1;
-        g.e0 = zero - weight * inv_n;
-        break;
-      case Diversity::chi2: {
-        const T q2 = r.s2 * inv_s1 * inv_s1;
-        penalty = n * q2 - one;
-        g.a = zero - weight * T(2) * n * q2 * inv_s1;
-        g.b = weight * T(2) * n * inv_s1 * inv_s1;
-        break;
-      }
-      case Diversity::variance: {
-        const T q2 = r.s2 * inv_s1 * inv_s1, v_q = (q2 - inv_n) * inv_n;
-        penalty = s * s * v_q;
-        g.a = weight * T(2) * s * s * (p * v_q - q2 * inv_n) * inv_s1;
-        g.b = weight * T(2) * s * s * inv_n * inv_s1 * inv_s1;
-        g.label = zero - weight * T(2) * s * s * p * v_q;
-        break;
-      }
-      case Diversity::none:
-        break;
+template <class T>
+struct Penalty {
+  T value = T(0);
+  RowGradient<T> gradient;  // of diversity_weight times the value
+};
+
+// D of the complement r of a class with probability p = 1 - s.
+template <class T>
+FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, T s, T p, const LossOptions& o) {
+  const T zero(0), one(1);
+  Penalty<T> out;
+  T& penalty = out.value;
+  RowGradient<T>& g = out.gradient;
+  if (o.diversity == Diversity::none) return out;
+  const T n = max(r.n, one), s1 = r.s1 + select(r.n > zero, zero, one), inv_s1 = one / s1, inv_n = one / n;
+  const T weight = select(r.n > one, T(o.diversity_weight), zero);  // one class has no spread
+  switch (o.diversity) {
+    case Diversity::logit_variance:
+      penalty = r.m2 * inv_n;
+      g.e1 = weight * inv_n * T(2);
+      g.e0 = zero - g.e1 * r.mean;
+      break;
+    case Diversity::kl: {
+      const T mean_x = r.sx * inv_s1;  // log q_j + H = x_j - mean_x
+      penalty = mean_x - log(s1 * inv_n);
+      g.t = weight * inv_s1;
+      g.a = zero - g.t * mean_x;
+      break;
     }
-    if (o.diversity_weight == 0) g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
-    penalty = select(r.n > one, penalty, zero) * class_weight;
-    g.a = g.a * class_weight, g.b = g.b * class_weight, g.t = g.t * class_weight;
-    g.e0 = g.e0 * class_weight, g.e1 = g.e1 * class_weight, g.label = g.label * class_weight;
+    case Diversity::reverse_kl:
+      penalty = log(s1 * inv_n) - r.mean;
+      g.a = weight * inv_s1;
+      g.e0 = zero - weight * inv_n;
+      break;
+    case Diversity::chi2: {
+      const T q2 = r.s2 * inv_s1 * inv_s1;
+      penalty = n * q2 - one;
+      g.a = zero - weight * T(2) * n * q2 * inv_s1;
+      g.b = weight * T(2) * n * inv_s1 * inv_s1;
+      break;
+    }
+    case Diversity::variance: {
+      const T q2 = r.s2 * inv_s1 * inv_s1, v_q = (q2 - inv_n) * inv_n;
+      penalty = s * s * v_q;
+      g.a = weight * T(2) * s * s * (p * v_q - q2 * inv_n) * inv_s1;
+      g.b = weight * T(2) * s * s * inv_n * inv_s1 * inv_s1;
+      g.label = zero - weight * T(2) * s * s * p * v_q;
+      break;
+    }
+    case Diversity::none:
+      break;
   }
+  if (o.diversity_weight == 0) g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
+  penalty = select(r.n > one, penalty, zero);
+  return out;
+}
+
+// z_y: the true class's logit. class_weight: w_y. row_weight: the row's sample weight. scale: what the gradient is
+// multiplied by besides, the upstream gradient over the mean's divisor.
+template <class T>
+FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const LossOptions& o) {
+  const T zero(0), one(1);
+  const auto some = r.n > zero;
+  const T n = max(r.n, one), inv_s1 = one / (r.s1 + select(some, zero, one));
+  const Margin<T> y = margin(r, z_y);
+  const T s = y.s, p = y.p, ce_row = y.ce, lift = y.lift;
+
+  const Penalty<T> d = penalty_of(r, s, p, o);
+  const T penalty = d.value * class_weight;
+  RowGradient<T> g = d.gradient;
+  g.a = g.a * class_weight, g.b = g.b * class_weight, g.t = g.t * class_weight;
+  g.e0 = g.e0 * class_weight, g.e1 = g.e1 * class_weight, g.label = g.label * class_weight;
 
   T ce = class_weight * ce_row, pull = class_weight;  // pull: what multiplies s q_j and -s
   if (o.label_smoothing != 0) {
@@ -162,6 +223,28 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   out.gradient.ew = g.ew * scale;
   out.gradient.masked = (g.masked + nan) * scale;
   out.gradient.label = (g.label + nan) * scale;
+  return out;
+}
+
+// A mixture of two labels that are not the same class, from the moments of all other classes: what they lack of a
+// label's complement is the other label. Each part's gradient is linear in the same few things, so their sum is one.
+template <unsigned Needs, class T>
+FSL_FN RowLoss<T> finish_mixture(const RowMoments<T>& rest, const T (&z)[2], const T (&class_weight)[2], const T (&row_weight)[2], T scale,
+                                 const LossOptions& o) {
+  RowMoments<T> complement[2];
+  RowLoss<T> part[2];
+  for (int i = 0; i < 2; ++i) {
+    complement[i] = merge<Needs>(rest, alone(z[1 - i], class_weight[1 - i]));
+    part[i] = finish(complement[i], z[i], class_weight[i], row_weight[i], scale, o);
+  }
+  RowLoss<T> out = {part[0].loss + part[1].loss, part[0].cross_entropy + part[1].cross_entropy, part[0].diversity + part[1].diversity, {}};
+  T own[2];
+  for (int i = 0; i < 2; ++i) {
+    const T down = select(rest.n > T(0), rest.m - complement[i].m, T(0));
+    add(out.gradient, T(1), about(part[i].gradient, down));
+    own[i] = part[i].gradient.label + slope_at(part[1 - i].gradient, z[i] - complement[1 - i].m, class_weight[i]);
+  }
+  out.gradient.label = own[0], out.gradient.other = own[1];
   return out;
 }
 

@@ -32,6 +32,18 @@ struct RowMoments {
   T swx = T(0);                     // sum of w x
 };
 
+// The moments of one class, w its class weight. A masked one is not there; NaN and +inf end up in s1.
+template <class T>
+FSL_FN RowMoments<T> alone(T z, T w) {
+  const auto masked = z == T(-Limits<T>::infinity());
+  RowMoments<T> r;
+  r.n = select(masked, T(0), T(1));
+  r.m = z;
+  r.s1 = r.s2 = select(masked, T(0), exp(z - z));
+  r.sw = select(masked, T(0), w);
+  return r;
+}
+
 // Associative up to rounding; a part without classes is the neutral element.
 template <unsigned Needs, class T>
 FSL_FN RowMoments<T> merge(const RowMoments<T>& a, const RowMoments<T>& b) {

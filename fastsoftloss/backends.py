@@ -24,7 +24,7 @@ _warned: set[str] = set()
 
 
 def _load_cpu() -> None:
-    operators = ops.define("cross_entropy")
+    operators = ops.define("cross_entropy", forms=ops.FORMS)
     try:
         kernels = importlib.import_module("fastsoftloss._C")
     except ImportError as error:

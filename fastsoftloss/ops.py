@@ -18,6 +18,7 @@ from fastsoftloss import reference
 
 DIVERSITIES = (None, "logit_variance", "kl", "reverse_kl", "chi2", "variance")  # the order of csrc/row_loss.h
 REDUCTIONS = ("none", "mean", "sum")
+FORMS = ("index", "mixture", "probabilities")  # of a target
 
 _ARGUMENTS = (
     "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, int ignore_index, int reduction, "
@@ -58,7 +59,7 @@ class Operators(NamedTuple):
     forward: Any
     backward: Any
     rescale: Callable[..., Tensor | None] | None
-    forms: tuple[str, ...] = ("index",)  # of a target, that its kernels take: "index", "mixture", "probabilities"
+    forms: tuple[str, ...] = ("index",)  # that its kernels take; the others go to the reference
 
 
 def rows_of(logits: Tensor) -> torch.Size:

@@ -33,7 +33,8 @@ Isa isa() {
 
 template <class T>
 const Kernels<T>& kernels_of(const Job<T>& job) {
-  unsigned needs = moments_of(job.options);
+  // smoothed probabilities are probabilities: no moment is needed for that
+  unsigned needs = job.form == Form::probabilities ? moments_of(job.options.diversity) : moments_of(job.options);
   // label smoothing with another penalty, and float64, which is not where the speed is wanted: one kernel for all
   if (needs & (needs - 1) || sizeof(T) == 8) needs |= kAllMoments & ~kWeighted;
 #if defined(__x86_64__)
@@ -69,9 +70,10 @@ LossSums<T> run_rows(const Job<T>& job, ParallelFor parallel_for) {
   const Kernels<T>& kernels = kernels_of(job);
   const int64_t size = rows_in_block(job), count = (job.rows + size - 1) / size;
   std::vector<LossSums<T>> blocks(count);
+  const auto rows = job.form == Form::probabilities ? kernels.probabilities : kernels.rows;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
-      kernels.rows(job, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
+      rows(job, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
   };
   parallel(parallel_for, count, std::max<int64_t>(1, kGrain / (size * std::max<int64_t>(job.classes, 1))), body);
   return total(blocks);
@@ -114,11 +116,12 @@ TargetScan<T> scan_targets(const Job<T>& job, ParallelFor parallel_for) {
         TargetScan<T>& scan = blocks[block];
         const Row<T> row = locate(job, r);
         if (row.label == kIgnored) continue;
-        if (row.label < 0 || row.label >= job.classes) {
+        if (job.form != Form::probabilities && (row.label < 0 || row.label >= job.classes)) {
           if (scan.outside < 0) scan.outside = r;
           continue;
         }
         scan.weight += double(row.class_weight) * double(row.row_weight);
+        if (row.other >= 0) scan.weight += double(row.other_class_weight) * double(row.other_row_weight);
       }
   };
   parallel(parallel_for, count, 4, body);
@@ -132,7 +135,7 @@ TargetScan<T> scan_targets(const Job<T>& job, ParallelFor parallel_for) {
 
 template <class T>
 LossSums<T> run(const Job<T>& job, ParallelFor parallel_for) {
-  return by_row(job) && job.classes > kRowLimit<T> ? run_long_rows(job, parallel_for) : run_rows(job, parallel_for);
+  return by_row(job) && job.classes > kRowLimit<T> && job.form != Form::probabilities ? run_long_rows(job, parallel_for) : run_rows(job, parallel_for);
 }
 
 const char* instruction_set() { return isa() == Isa::avx512 ? "AVX-512" : isa() == Isa::avx2 ? "AVX2" : "baseline"; }

@@ -15,6 +15,9 @@ struct Strides {
   int64_t of[kMaxRowDims] = {};
 };
 
+// What a row's target is: a class, two classes with a weight each, or a probability for each class.
+enum class Form : int { index, mixture, probabilities };
+
 template <class T>
 struct Job {
   int64_t rows = 0, classes = 0;
@@ -30,9 +33,12 @@ struct Job {
   Strides gradient_rows;
   int64_t gradient_step = 0;
 
+  Form form = Form::index;
   const char* target = nullptr;
-  bool wide_target = true;  // int64, else int32
+  bool wide_target = true;                       // int64, else int32
+  Storage target_storage = Storage::float32;     // of probabilities
   Strides target_rows;
+  int64_t target_step = 0, sample_weight_step = 0;  // bytes between a mixture's labels, and between probabilities
   int64_t ignore_index = -100;
 
   const T* class_weight = nullptr;      // (K,) or null
@@ -60,7 +66,35 @@ struct Row {
   char* gradient;
   int64_t label;  // kIgnored where the row is
   T class_weight, row_weight, scale;
+  int64_t other = -1;  // a mixture's second label, where it is another class than the first
+  T other_class_weight = 1, other_row_weight = 0;
+  const char* probabilities = nullptr;
 };
+
+template <class T>
+FSL_FN int64_t label_at(const Job<T>& job, const char* target) {
+  const int64_t y = job.wide_target ? *reinterpret_cast<const int64_t*>(target) : *reinterpret_cast<const int32_t*>(target);
+  return y == job.ignore_index ? kIgnored : y < 0 ? -1 : y;
+}
+template <class T>
+FSL_FN T class_weight_of(const Job<T>& job, int64_t label) {
+  return job.class_weight && label >= 0 && label < job.classes ? job.class_weight[label] : T(1);
+}
+
+// The second label of a mixture. Labels that are one class, or one of them ignored, are a row with one label.
+template <class T>
+FSL_FN void locate_other(const Job<T>& job, const char* target, const char* sample_weight, Row<T>& row) {
+  const int64_t y = label_at(job, target + job.target_step);
+  const T weight = job.sample_weight ? *reinterpret_cast<const T*>(sample_weight + job.sample_weight_step) : T(1);
+  if (y == kIgnored) return;
+  if (y == row.label) {
+    row.row_weight += weight;
+  } else if (row.label == kIgnored || y == -1 || y >= job.classes) {  // what is out of range is found as the first label
+    row.label = y, row.class_weight = class_weight_of(job, y), row.row_weight = weight;
+  } else {
+    row.other = y, row.other_class_weight = class_weight_of(job, y), row.other_row_weight = weight;
+  }
+}
 
 template <class T>
 FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
@@ -77,12 +111,16 @@ FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
   Row<T> row;
   row.logits = job.logits + logits;
   row.gradient = job.gradient + gradient;
-  const int64_t y =
-      job.wide_target ? *reinterpret_cast<const int64_t*>(job.target + target) : *reinterpret_cast<const int32_t*>(job.target + target);
-  row.label = y == job.ignore_index ? kIgnored : y < 0 ? -1 : y;
-  row.class_weight = job.class_weight && row.label >= 0 && y < job.classes ? job.class_weight[y] : T(1);
+  if (job.form == Form::probabilities) {
+    row.probabilities = job.target + target;
+    row.label = 0, row.class_weight = T(1);
+  } else {
+    row.label = label_at(job, job.target + target);
+    row.class_weight = class_weight_of(job, row.label);
+  }
   row.row_weight = job.sample_weight ? *reinterpret_cast<const T*>(job.sample_weight + sample_weight) : T(1);
   row.scale = job.upstream ? job.scale * *reinterpret_cast<const T*>(job.upstream + upstream) : job.scale;
+  if (job.form == Form::mixture) locate_other(job, job.target + target, job.sample_weight + sample_weight, row);
   return row;
 }
 

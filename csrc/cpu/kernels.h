@@ -21,6 +21,8 @@ template <class T>
 struct Kernels {
   // rows [begin, end), one after the other on this thread: losses, and the gradient where the job asks for it
   void (*rows)(const Job<T>&, int64_t begin, int64_t end, LossSums<T>* sums);
+  // the same where targets are class probabilities
+  void (*probabilities)(const Job<T>&, int64_t begin, int64_t end, LossSums<T>* sums);
   // part p of a row that several threads share, and what becomes of its merged moments
   void (*reduce_part)(const Job<T>&, int64_t row, int64_t part, RowMoments<T>* moments);
   void (*finish_row)(const Job<T>&, int64_t row, RowMoments<T>* parts, RowGradient<T>* gradient, LossSums<T>* sums);

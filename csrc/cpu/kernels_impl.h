@@ -27,14 +27,14 @@ FSL_FN void prefetch_block(const char* p, Storage storage) {
 }
 constexpr int64_t kWriteAhead = 1024;  // bytes
 
-// A row with class stride 1 as blocks of 64 lanes. The true class and the padding read as -inf, which is what a class
-// that is not there looks like: no loop below knows of either. The two blocks that hold them are copies.
+// A row with class stride 1 as blocks of 64 lanes. The true class (a mixture has two) and the padding read as -inf, which
+// is what a class that is not there looks like: no loop below knows of either. The blocks that hold them are copies.
 template <class T>
 struct RowBlocks {
   const char* logits;
   Storage storage;
-  int64_t classes, count, label_block, tail_block;
-  T label_copy[kBlock], tail_copy[kBlock];
+  int64_t classes, count, label_block, other_block, tail_block;
+  T label_copy[kBlock], other_copy[kBlock], tail_copy[kBlock];
 
   FSL_LOOP RowBlocks(const Job<T>& job, const Row<T>& row)
       : logits(row.logits), storage(job.storage), classes(job.classes), count((classes + kBlock - 1) / kBlock) {
@@ -42,12 +42,17 @@ struct RowBlocks {
     tail_block = classes % kBlock ? count - 1 : -1;
     copy(label_block, label_copy);
     label_copy[row.label % kBlock] = -Limits<T>::infinity();
-    if (tail_block >= 0 && tail_block != label_block) copy(tail_block, tail_copy);
+    other_block = row.other / kBlock;
+    if (row.other < 0 || other_block == label_block) other_block = -1;
+    if (other_block >= 0) copy(other_block, other_copy);
+    if (row.other >= 0) (other_block >= 0 ? other_copy : label_copy)[row.other % kBlock] = -Limits<T>::infinity();
+    if (tail_block >= 0 && tail_block != label_block && tail_block != other_block) copy(tail_block, tail_copy);
   }
   FSL_FN int64_t size(int64_t b) const { return b == tail_block ? classes % kBlock : kBlock; }
-  FSL_FN bool direct(int64_t b) const { return holds<T>(storage) && b != label_block && b != tail_block; }
+  FSL_FN bool direct(int64_t b) const { return holds<T>(storage) && b != label_block && b != other_block && b != tail_block; }
   FSL_FN const T* at(int64_t b, T* buffer) const {
     if (b == label_block) return label_copy;
+    if (b == other_block) return other_copy;
     if (b == tail_block) return tail_copy;
     if (holds<T>(storage)) return reinterpret_cast<const T*>(logits) + b * kBlock;
     load_contiguous(logits + b * kBlock * bytes_of(storage), storage, kBlock, buffer);
@@ -159,7 +164,7 @@ FSL_FN V slope(const RowGradient<V>& g, V z, V x, V e, V w) {
 template <class T>
 FSL_FN RowGradient<Vec<T>> broadcast(const RowGradient<T>& g) {
   using V = Vec<T>;
-  return {V(g.a), V(g.b), V(g.t), V(g.e0), V(g.e1), V(g.ew), V(g.masked), V(g.label)};
+  return {V(g.a), V(g.b), V(g.t), V(g.e0), V(g.e1), V(g.ew), V(g.masked), V(g.label), V(g.other)};
 }
 
 // spread: blocks [from, to) of a row. exps: the e that reduce kept, relative to `exps_m`, or null.
@@ -198,10 +203,19 @@ FSL_FN void record(const Job<T>& job, int64_t r, const RowLoss<T>& loss, LossSum
   }
 }
 
-template <class T>
-FSL_FN RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments) {
+template <class T, unsigned Needs>
+FSL_LOOP RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments) {
   const T z_y = load_one<T>(row.logits + row.label * job.logits_step, job.storage);
-  return finish(moments, z_y, row.class_weight, row.row_weight, row.scale, job.options);
+  if (row.other < 0) return finish(moments, z_y, row.class_weight, row.row_weight, row.scale, job.options);
+  const T z[2] = {z_y, load_one<T>(row.logits + row.other * job.logits_step, job.storage)};
+  const T class_weight[2] = {row.class_weight, row.other_class_weight}, row_weight[2] = {row.row_weight, row.other_row_weight};
+  return finish_mixture<Needs>(moments, z, class_weight, row_weight, row.scale, job.options);
+}
+
+template <class T>
+FSL_FN void store_labels(const Job<T>& job, const Row<T>& row, const RowGradient<T>& g) {
+  store_one(g.label, job.storage, row.gradient + row.label * job.gradient_step);
+  if (row.other >= 0) store_one(g.other, job.storage, row.gradient + row.other * job.gradient_step);
 }
 
 template <class T>
@@ -230,13 +244,13 @@ void one_row(const Job<T>& job, int64_t r, T* exps, LossSums<T>* sums) {
     part_m[p] = part.m;
     whole = p ? merge<Needs>(whole, part) : part;
   }
-  const RowLoss<T> loss = finish_at(job, row, whole);
+  const RowLoss<T> loss = finish_at<T, Needs>(job, row, whole);
   record(job, r, loss, sums);
   if (!job.gradient) return;
   for (int64_t b = 0, p = 0; b < count; b += step, ++p)
     spread<T, Needs>(blocks, job.class_weight, b, min_of(b + step, count), loss.gradient, whole.m, exps + b * kBlock, part_m[p],
                      row.gradient);
-  store_one(loss.gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
+  store_labels(job, row, loss.gradient);
 }
 
 // Rows to lanes and back: z[i][lane] is line[lane][i].
@@ -290,11 +304,11 @@ struct Tile {
       gradient_run &= row[lane].gradient == row[0].gradient + lane * bytes;
     }
   }
-  // The true classes, counted from class k on, as far as a tile's classes go; below 0 where a row is ignored.
-  FSL_FN V labels(int64_t k) const {
+  // The true classes, counted from class k on, as far as a tile's classes go; below 0 where a row is ignored, or has no other.
+  FSL_FN V labels(int64_t k, int64_t Row<T>::*which = &Row<T>::label) const {
     T label[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t y = row[lane].label;
+      const int64_t y = row[lane].*which;
       label[lane] = y < 0 ? T(-1) : T(y < k || y >= k + kTileClasses ? kTileClasses : y - k);
     }
     return V::load(label);
@@ -337,6 +351,39 @@ struct Tile {
   }
 };
 
+// A mixture's second labels: -inf in z, as the first ones become in reduce.
+template <class T>
+FSL_LOOP void take_out(const Tile<T>& tile, int64_t k, int count, T (*z)[Vec<T>::kLanes]) {
+  for (int lane = 0; lane < Vec<T>::kLanes; ++lane) {
+    const int64_t y = tile.row[lane].other;
+    if (y >= k && y < k + count) z[y - k][lane] = -Limits<T>::infinity();
+  }
+}
+
+// finish for lanes of which some have a second label.
+template <class T, unsigned Needs>
+FSL_LOOP RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const RowLoss<Vec<T>>& single) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  alignas(64) T z[2][kLanes], class_weight[2][kLanes], row_weight[2][kLanes], scale[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Row<T>& row = tile.row[lane];
+    const int64_t y[2] = {row.label, row.other};
+    for (int i = 0; i < 2; ++i) z[i][lane] = y[i] >= 0 ? load_one<T>(row.logits + y[i] * tile.job.logits_step, tile.job.storage) : T(0);
+    class_weight[0][lane] = row.class_weight, class_weight[1][lane] = row.other_class_weight;
+    row_weight[0][lane] = row.row_weight, row_weight[1][lane] = row.other_row_weight;
+    scale[lane] = row.scale;
+  }
+  const V zs[2] = {V::load(z[0]), V::load(z[1])}, ws[2] = {V::load(class_weight[0]), V::load(class_weight[1])};
+  const V weights[2] = {V::load(row_weight[0]), V::load(row_weight[1])};
+  RowLoss<V> both = finish_mixture<Needs>(rest, zs, ws, weights, V::load(scale), tile.job.options);
+  const auto mixed = V(T(-1)) < tile.labels(0, &Row<T>::other);
+  V* const to = &both.loss;
+  const V* const from = &single.loss;
+  for (size_t i = 0; i < sizeof(both) / sizeof(V); ++i) to[i] = select(mixed, to[i], from[i]);
+  return both;
+}
+
 // reduce: a row a lane; the true class, where it is one of these, becomes -inf in z.
 template <class T, unsigned Needs>
 FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, Vec<T> label, int count, T (*z)[Vec<T>::kLanes], T (*exps)[Vec<T>::kLanes]) {
@@ -370,11 +417,13 @@ void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) 
   for (int64_t k = 0; k < job.classes; k += kTileClasses) {
     const int count = int(min_of(job.classes - k, kTileClasses));
     tile.load(k, count, z);
+    if (job.form == Form::mixture) take_out(tile, k, count, z);
     const auto part = reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, tile.labels(k), count, z, exps);
     whole = k ? merge<Needs>(whole, part) : part;
   }
 
-  const RowLoss<V> loss = finish(whole, V::load(z_y), V::load(class_weight), V::load(row_weight), V::load(scale), job.options);
+  RowLoss<V> loss = finish(whole, V::load(z_y), V::load(class_weight), V::load(row_weight), V::load(scale), job.options);
+  if (job.form == Form::mixture) loss = finish_mixtures<T, Needs>(tile, whole, loss);
   const auto counts = V(T(-1)) < tile.labels(0);
   select(counts, loss.loss, V(0)).store(losses[0]);
   select(counts, loss.cross_entropy, V(0)).store(losses[1]);
@@ -391,10 +440,12 @@ void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) 
     const int count = int(min_of(job.classes - k, kTileClasses));
     const V label = tile.labels(k);
     if (!one_look) tile.load(k, count, z);
+    const V other = job.form == Form::mixture ? tile.labels(k, &Row<T>::other) : V(T(-1));
     for (int i = 0; i < count; ++i) {
       const V zi = V::load(z[i]), x = zi - whole.m, e = one_look ? V::load(exps[i]) : exp(x);
       const V w(Needs & kWeighted ? job.class_weight[k + i] : T(0));
-      const V dz = select(label == V(T(i)), loss.gradient.label, slope<Needs>(loss.gradient, zi, x, e, w));
+      V dz = select(label == V(T(i)), loss.gradient.label, slope<Needs>(loss.gradient, zi, x, e, w));
+      if (job.form == Form::mixture) dz = select(other == V(T(i)), loss.gradient.other, dz);
       select(counts, dz, V(0)).store(z[i]);
     }
     tile.store(k, count, z);
@@ -427,7 +478,7 @@ void finish_row(const Job<T>& job, int64_t r, RowMoments<T>* parts, RowGradient<
   const int64_t count = (job.classes + kPart - 1) / kPart;
   for (int64_t width = 1; width < count; width *= 2)  // pairwise: a million classes add up in eight roundings, not 245
     for (int64_t p = 0; p + width < count; p += 2 * width) parts[p] = merge<Needs>(parts[p], parts[p + width]);
-  const RowLoss<T> loss = finish_at(job, row, parts[0]);
+  const RowLoss<T> loss = finish_at<T, Needs>(job, row, parts[0]);
   record(job, r, loss, sums);
   *gradient = loss.gradient;
 }
@@ -440,10 +491,27 @@ void spread_part(const Job<T>& job, int64_t r, int64_t part, T m, const RowGradi
   const int64_t from = part * (kPart / kBlock);
   spread<T, Needs>(blocks, job.class_weight, from, min_of(from + kPart / kBlock, blocks.count), gradient, m, nullptr, m, row.gradient);
   if (row.label / kPart == part) store_one(gradient.label, job.storage, row.gradient + row.label * job.gradient_step);
+  if (row.other >= 0 && row.other / kPart == part) store_one(gradient.other, job.storage, row.gradient + row.other * job.gradient_step);
+}
+
+}  // namespace
+}  // namespace FSL_ISA
+}  // namespace fastsoftloss
+
+#include "probabilities_impl.h"
+
+namespace fastsoftloss {
+namespace FSL_ISA {
+namespace {
+
+// A penalty alone asks for moments there, in float32: the kernels for several things at once are never called.
+template <class T>
+constexpr unsigned of_probabilities(unsigned needs) {
+  return sizeof(T) == 8 ? unsigned(kAllMoments & ~kWeighted) : needs & (needs - 1) ? unsigned(kBase) : needs;
 }
 
 template <class T, unsigned Needs>
-constexpr Kernels<T> kKernels = {rows<T, Needs>, reduce_part<T, Needs>, finish_row<T, Needs>, spread_part<T, Needs>};
+constexpr Kernels<T> kKernels = {rows<T, Needs>, probabilities<T, of_probabilities<T>(Needs)>, reduce_part<T, Needs>, finish_row<T, Needs>, spread_part<T, Needs>};
 
 }  // namespace
 
