@@ -106,9 +106,8 @@ def _cuda_prepared(launches: list[Launch]) -> None:
             super().append(launch)
             name, grid, block, shared, stats = launch
             plain = subprocess.run(["c++filt", "-p", name], capture_output=True, text=True).stdout.strip() or name
-            launches.append(
-                Launch(plain.split("<")[0].split("::")[-1].split()[-1], grid, math.prod(block), shared, *resources[name], "", stats)
-            )
+            plain = plain.split("<")[0].split("::")[-1].split()[-1]
+            launches.append(Launch(plain, grid, math.prod(block), shared, *resources[name], "", stats))
 
     sim.launches = Into()
 

@@ -2,7 +2,7 @@
 widths; and, simulated, traffic, instructions and accuracy.
 
     PTXSIM=FOLDER python bench/kernels.py                      # writes bench/kernels/kernels.{json,md,png}: minutes
-    python bench/kernels.py --classes 10 1000 --dtypes bfloat16
+    python bench/kernels.py --families ours --dtypes bfloat16  # anew; all else stays as it was saved
 
 PTXSIM names the folder of ptxsim, which executes the compiled PTX (sm_80) on the CPU; without it the columns of the compiler remain.
 torch.compile's kernels need a CUDA build of torch; Liger and flash-attn appear where they are installed.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from fastsoftloss import reference
 
 CLASSES = (10, 100, 1000, 1003, 4096, 32000, 128256)
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 PHASES = ("forward", "backward", "both")
 OURS = {"ours": "ours_ce", "cuda": "cuda_ce"}  # with the penalty: the same without
 REGIMES = ("ordinary", "confident")
@@ -126,6 +126,19 @@ def measure(classes: Sequence[int], dtypes: Sequence[str], names: Sequence[str])
     return {"evidence": EVIDENCE, "versions": versions, "missing": missing, "kernels": figures, "accuracy": accuracy}
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new``, and what ``old`` has of families, dtypes and classes that ``new`` did not measure."""
+    families_ = list(families.FAMILIES) + list(families.CPU)
+    result = dict(new)
+    for part in ("kernels", "accuracy"):
+        measured = {(row["family"], row["dtype"], row["classes"]) for row in new[part]}
+        rows = new[part] + [row for row in old[part] if (row["family"], row["dtype"], row["classes"]) not in measured]
+        result[part] = sorted(rows, key=lambda row: (DTYPES.index(row["dtype"]), row["classes"], families_.index(row["family"])))
+    there = {row["family"] for row in result["kernels"]}
+    result["missing"] = {name: reason for name, reason in (old["missing"] | new["missing"]).items() if name not in there}
+    return result
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -209,17 +222,20 @@ def markdown(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"), choices=DTYPES)
     parser.add_argument("--families", nargs="+", default=list(families.FAMILIES), choices=list(families.FAMILIES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "kernels", metavar="FOLDER")
     args = parser.parse_args()
     if not offline.simulated():
         print("PTXSIM does not name the folder of ptxsim: no traffic, instructions, accuracy and model", file=sys.stderr)
+    saved = args.out / "kernels.json"
     report = measure(args.classes, args.dtypes, args.families)
+    if saved.exists():
+        report = merged(json.loads(saved.read_text()), report)
     text = markdown(report)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+    saved.write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "kernels.md").write_text(text)
     if offline.simulated():
         import kernel_plots

@@ -242,6 +242,19 @@ def call(case: dict[str, Any]) -> str:
     )
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new``, and the cases of ``old`` that it did not measure, if that is the same machine; in order."""
+    if old["machine"] != new["machine"]:
+        return new
+    cases = {(case["dtype"], case["threads"], *case["shape"]): case for case in (*old["results"], *new["results"])}
+    return new | {"results": sorted(cases.values(), key=lambda c: (c["dtype"] != "float32", c["dtype"], c["threads"], _place(c)))}
+
+
+def _place(case: dict[str, Any]) -> tuple[int, ...]:
+    """Sizes by classes, then by rows."""
+    return (case["shape"][1], math.prod(case["shape"]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", metavar="ROWSxCLASSES")
@@ -251,7 +264,7 @@ def main() -> int:
     parser.add_argument("--peers", nargs="+", default=list(contenders.LABELS), choices=list(contenders.LABELS))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each size, dtype and thread count, compiling apart")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write speed.json and its plots there")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write speed.json and its plots there, over what it has of these cases")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower since")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -279,10 +292,12 @@ def main() -> int:
     print("\n".join(call(case) for case in report["results"] if math.prod(case["shape"]) == case["shape"][1]))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
+        saved = args.out / "speed.json"
+        kept = merged(json.loads(saved.read_text()), report) if saved.exists() else report
+        saved.write_text(json.dumps(kept, indent=1) + "\n")
         import speed_plots
 
-        speed_plots.draw(report, args.out)
+        speed_plots.draw(kept, args.out)
     if args.compare:
         import compare
 

@@ -83,3 +83,14 @@ def test_errors_are_those_of_the_loss_and_the_gradient() -> None:
     found = kernels.errors(run_torch(logits, target), logits, target, weight)
     assert found["loss"] == 0 and found["loss_error"] == 1 and found["true_loss"] > 0
     assert found["loss_dtype"] == "float32"
+
+
+def test_families_measured_anew_replace_the_saved_ones() -> None:
+    def part(*rows: tuple[str, int, int]) -> dict[str, Any]:
+        rows_ = [{"family": family, "dtype": "bfloat16", "classes": k, "value": value} for family, k, value in rows]
+        return {"kernels": rows_, "accuracy": rows_, "missing": {}}
+
+    old = part(("ours", 10, 1), ("ours", 100, 1), ("liger", 10, 1)) | {"missing": {"flash": "why"}}
+    merged = kernels.merged(old, part(("ours", 10, 2)) | {"missing": {"liger": "why"}})
+    assert [(r["family"], r["classes"], r["value"]) for r in merged["kernels"]] == [("ours", 10, 2), ("liger", 10, 1), ("ours", 100, 1)]
+    assert merged["missing"] == {"flash": "why"}

@@ -88,3 +88,14 @@ def test_compare_says_what_it_cannot_compare() -> None:
     other["machine"] = {"processor": "another"}
     (found,) = compare.slower(old, other)
     assert "two machines" in found
+
+
+def test_cases_measured_anew_replace_the_saved_ones() -> None:
+    old, new = report(1e-6, 1e-6), report(2e-6, 1e-6)
+    other = copy.deepcopy(old["results"][0])
+    other["shape"] = [8, 5]
+    old["results"].append(other)
+    merged = microbench.merged(old, new)
+    assert merged["results"] == [other, new["results"][0]]
+    new["machine"] = {"processor": "another"}
+    assert microbench.merged(old, new) is new
