@@ -224,9 +224,7 @@ def pack_mixture(target: tuple[Tensor, Tensor, Tensor | float], sample_weight: T
 
 def _mixed_rows(z: Tensor, target: Tensor, row_weight: Tensor | None, o: _Options) -> _Rows:
     a, b = (_index_rows(z, target[i], None if row_weight is None else row_weight[i], o) for i in range(2))
-    return _Rows(
-        a.loss + b.loss, a.cross_entropy + b.cross_entropy, a.diversity + b.diversity, a.weight + b.weight, a.counted | b.counted
-    )
+    return _Rows(a.loss + b.loss, a.cross_entropy + b.cross_entropy, a.diversity + b.diversity, a.weight + b.weight, a.counted | b.counted)
 
 
 def _reduced(rows: _Rows, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
