@@ -75,9 +75,9 @@ FSL_FN unsigned moments_of(const LossOptions& o) {
 // How a class stands against its complement.
 template <class T>
 struct Margin {
-  T s, p;   // 1 - p_y, p_y
-  T ce;     // -log p_y
-  T lift;   // lse - m
+  T s, p;  // 1 - p_y, p_y
+  T ce;    // -log p_y
+  T lift;  // lse - m
 };
 
 template <class T>
@@ -99,7 +99,7 @@ FSL_FN Margin<T> margin(const RowMoments<T>& r, T z_y) {
   Margin<T> out;
   out.s = select(wrong, share, v * share);
   out.p = select(wrong, v * share, share);
-  out.ce = log1p_v + select(wrong, d + log_s1, zero);                     // softplus(delta)
+  out.ce = log1p_v + select(wrong, d + log_s1, zero);  // softplus(delta)
   out.lift = select(some, log1p_v + select(wrong, log_s1, zero - d), zero);
   return out;
 }

@@ -153,8 +153,8 @@ def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
 
 def _check_target_range(target: Target, classes: int, ignore_index: int, name: str = "target") -> None:
     if isinstance(target, tuple):
-        for i in range(2):
-            _check_target_range(target[i], classes, ignore_index, f"target[{i}]")
+        for i, labels in enumerate(target[:2]):
+            _check_target_range(labels, classes, ignore_index, f"target[{i}]")
         return
     if target.is_floating_point() or isinstance(target, FakeTensor):  # a fake has no values
         return
@@ -318,7 +318,7 @@ def _apply_soft(
     options: ops.Options,
     return_components: bool,
     backend: str | None,
-) -> Any:
+) -> Tensor | LossComponents:
     """:func:`apply` for the targets that are more than one label."""
     _check_tensors(logits, target, weight, sample_weight)
     operators = backends.choose(backend, logits.device)

@@ -75,17 +75,17 @@ class _Options(NamedTuple):
 
 
 class _Complement(NamedTuple):
-    """The classes ``inside``, all but one: their count, their largest logit m, logits less m, log S1, and the margin."""
+    """The classes ``inside``, all but one: their number n, their largest logit m, logits less m, log S1, and the margin."""
 
     inside: Tensor
-    count: Tensor
+    n: Tensor
     m: Tensor
     x: Tensor
     log_s1: Tensor
     delta: Tensor
 
     def diversity(self, kind: str | None) -> Tensor:
-        return _diversity(kind, self.x, self.inside, self.count, self.log_s1, torch.sigmoid(self.delta))
+        return _diversity(kind, self.x, self.inside, self.n, self.log_s1, torch.sigmoid(self.delta))
 
 
 def _complement(z: Tensor, inside: Tensor, z_y: Tensor) -> _Complement:
@@ -223,8 +223,8 @@ def pack_mixture(target: tuple[Tensor, Tensor, Tensor | float], sample_weight: T
 
 
 def _mixed_rows(z: Tensor, target: Tensor, row_weight: Tensor | None, o: _Options) -> _Rows:
-    one, other = (_index_rows(z, target[i], None if row_weight is None else row_weight[i], o) for i in range(2))
-    return _Rows(*(p + q for p, q in zip(one[:4], other[:4], strict=True)), one.counted | other.counted)
+    a, b = (_index_rows(z, target[i], None if row_weight is None else row_weight[i], o) for i in range(2))
+    return _Rows(a.loss + b.loss, a.cross_entropy + b.cross_entropy, a.diversity + b.diversity, a.weight + b.weight, a.counted | b.counted)
 
 
 def _reduced(rows: _Rows, reduction: str) -> tuple[Tensor, Tensor, Tensor]:

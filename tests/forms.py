@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton_mode import INTERPRETED
 
-FORMS = ("index", "mixture", "probabilities")
+# Triton has kernels for class indices; what else it is given goes to the reference, which needs no interpreter
+FORMS = ("index",) if INTERPRETED else ("index", "mixture", "probabilities")
 
 
 def target_of(form: str, rows: int, classes: int, dtype: torch.dtype = torch.float32) -> Any:

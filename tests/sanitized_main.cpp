@@ -133,6 +133,51 @@ void check(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t cla
   }
 }
 
+// The loss and the gradient of one contiguous batch, whatever its targets are.
+template <class T>
+std::vector<double> run_form(Form form, const T* logits, int64_t rows, int64_t classes, const void* target, const T* sample_weight,
+                             Diversity diversity) {
+  auto gradient = block<T>(rows * classes);
+  Job<T> job;
+  job.rows = rows, job.classes = classes, job.row_dims = 1, job.row_size[0] = rows;
+  job.storage = job.target_storage = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
+  job.logits = reinterpret_cast<const char*>(logits), job.logits_rows.of[0] = classes * sizeof(T), job.logits_step = sizeof(T);
+  job.gradient = reinterpret_cast<char*>(gradient.get()), job.gradient_rows = job.logits_rows, job.gradient_step = job.logits_step;
+  job.form = form, job.target = static_cast<const char*>(target), job.target_rows.of[0] = 8;
+  job.sample_weight = reinterpret_cast<const char*>(sample_weight), job.sample_weight_rows.of[0] = sizeof(T);
+  if (form == Form::mixture) job.target_step = rows * 8, job.sample_weight_step = rows * sizeof(T);
+  if (form == Form::probabilities) job.target_rows = job.logits_rows, job.target_step = sizeof(T);
+  job.options.diversity = diversity, job.options.diversity_weight = 0.5, job.options.z_loss = 0.01;
+  job.options.classes = job.options.class_weight_sum = double(classes);
+  if (scan_targets(job, serial).outside >= 0) std::abort();
+  std::vector<double> out{run(job, serial).of[0]};
+  for (int64_t i = 0; i < rows * classes; ++i) out.push_back(gradient[i]);
+  return out;
+}
+
+// A mixture, and the probabilities that say the same, against its two labels one after the other.
+template <class T>
+void check_soft(int64_t rows, int64_t classes, Diversity diversity) {
+  auto logits = block<T>(rows * classes), probabilities = block<T>(rows * classes), shares = block<T>(2 * rows);
+  auto labels = block<int64_t>(2 * rows);
+  std::normal_distribution<double> normal(0, 3);
+  for (int64_t i = 0; i < rows * classes; ++i) logits[i] = T(normal(generator)), probabilities[i] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int i = 0; i < 2; ++i) labels[i * rows + r] = r == 0 ? i * (classes - 1) : int64_t(generator() % classes);
+    shares[r] = T(0.25 + r % 2 * 0.5), shares[rows + r] = 1 - shares[r];
+    for (int i = 0; i < 2; ++i) probabilities[r * classes + labels[i * rows + r]] += shares[i * rows + r];
+  }
+  const auto truth = run_form(Form::index, logits.get(), rows, classes, labels.get(), shares.get(), diversity);
+  const auto second = run_form(Form::index, logits.get(), rows, classes, labels.get() + rows, shares.get() + rows, diversity);
+  const auto mixture = run_form(Form::mixture, logits.get(), rows, classes, labels.get(), shares.get(), diversity);
+  const auto soft = run_form<T>(Form::probabilities, logits.get(), rows, classes, probabilities.get(), nullptr, diversity);
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const double sum = truth[i] + second[i], bound = (sizeof(T) == 8 ? 1e-12 : 2e-5) * (i ? 10 : 1 + std::fabs(sum));
+    expect(mixture[i], sum, bound, "mixture", instruction_set(), classes);
+    expect(soft[i], sum, bound, "probabilities", instruction_set(), classes);
+  }
+}
+
 template <class T>
 void check_all(const Kernels<T>& (*kernels_for)(unsigned), const char* isa, Storage storage, bool thorough) {
   const int64_t tile[] = {1, 2, 10, 15, 16, 17, 127, 128, 129, 300};                       // with a class stride: two looks at 129
@@ -170,6 +215,12 @@ void check_isa(const Kernels<float>& (*floats)(unsigned), const Kernels<double>&
 }
 
 int main() {
+  for (int d = 0; d <= int(Diversity::variance); ++d)
+    for (int64_t classes : {1, 2, 3, 15, 16, 17, 64, 128, 129, 192, 1000, int(kRowLimit<float>) + 1}) {
+      if (classes > 1000 && d > 1) continue;
+      check_soft<float>(classes > 1000 ? 1 : 19, classes, static_cast<Diversity>(d));
+      if (classes < 200) check_soft<double>(9, classes, static_cast<Diversity>(d));
+    }
   check_isa(nullptr, nullptr, instruction_set());
   check_isa(baseline::kernels<float>, baseline::kernels<double>, "baseline kernels");
 #if defined(__x86_64__)

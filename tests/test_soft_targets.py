@@ -105,7 +105,7 @@ def test_probabilities_are_the_expectation_over_the_label(backend, kind, classes
 
 
 @pytest.mark.parametrize("kind", DIVERSITIES)
-@pytest.mark.parametrize("classes", [1, 2, 3, 17, 130, 5000])
+@pytest.mark.parametrize("classes", [1, 2, 3, 17, 130, 5000])  # 5000: two parts of a row
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_a_mixture_is_the_two_losses(backend, kind, classes, dtype):
     options = dict(label_smoothing=0.1, z_loss=0.01, weight=torch.rand(classes, dtype=dtype) + 0.1)
@@ -118,12 +118,9 @@ def test_a_mixture_is_the_two_losses(backend, kind, classes, dtype):
 
 @pytest.mark.parametrize("kind", DIVERSITIES)
 @pytest.mark.parametrize("classes", [5, 150])
-@pytest.mark.parametrize("margin", [-80.0, -25.0, -3.0, 0.0, 3.0, 25.0, 80.0])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(("margin", "offset"), [(-80.0, 0), (-25.0, 0), (0.0, 0), (3.0, 0), (80.0, 0), (-5.0, 1e4), (25.0, 1e4)])
 def test_hard_labels_in_soft_clothes_at_every_margin(backend, kind, classes, margin, offset):
     """The one class that is all of a sum is left out of it here, at the top and at the bottom."""
-    if offset and abs(margin) > 30:
-        pytest.skip("the same digits as without")
     logits = torch.randn(6, classes)
     y = torch.randint(classes, (6,))
     logits[torch.arange(6), y] += margin

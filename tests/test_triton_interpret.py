@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["test_triton_agreement", "test_compile", "test_derivatives", "test_module"])
+@pytest.mark.parametrize("name", ["test_triton_agreement", "test_compile", "test_derivatives", "test_module", "test_features"])
 def test_interpreted(name: str) -> None:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":

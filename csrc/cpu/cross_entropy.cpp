@@ -72,8 +72,7 @@ LossSums<T> run_rows(const Job<T>& job, ParallelFor parallel_for) {
   std::vector<LossSums<T>> blocks(count);
   const auto rows = job.form == Form::probabilities ? kernels.probabilities : kernels.rows;
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      rows(job, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
+    for (int64_t block = begin; block < end; ++block) rows(job, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
   };
   parallel(parallel_for, count, std::max<int64_t>(1, kGrain / (size * std::max<int64_t>(job.classes, 1))), body);
   return total(blocks);
@@ -135,7 +134,8 @@ TargetScan<T> scan_targets(const Job<T>& job, ParallelFor parallel_for) {
 
 template <class T>
 LossSums<T> run(const Job<T>& job, ParallelFor parallel_for) {
-  return by_row(job) && job.classes > kRowLimit<T> && job.form != Form::probabilities ? run_long_rows(job, parallel_for) : run_rows(job, parallel_for);
+  return by_row(job) && job.classes > kRowLimit<T> && job.form != Form::probabilities ? run_long_rows(job, parallel_for)
+                                                                                      : run_rows(job, parallel_for);
 }
 
 const char* instruction_set() { return isa() == Isa::avx512 ? "AVX-512" : isa() == Isa::avx2 ? "AVX2" : "baseline"; }

@@ -35,8 +35,8 @@ struct Job {
 
   Form form = Form::index;
   const char* target = nullptr;
-  bool wide_target = true;                       // int64, else int32
-  Storage target_storage = Storage::float32;     // of probabilities
+  bool wide_target = true;                    // int64, else int32
+  Storage target_storage = Storage::float32;  // of probabilities
   Strides target_rows;
   int64_t target_step = 0, sample_weight_step = 0;  // bytes between a mixture's labels, and between probabilities
   int64_t ignore_index = -100;

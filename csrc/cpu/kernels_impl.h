@@ -305,7 +305,7 @@ struct Tile {
     }
   }
   // The true classes, counted from class k on, as far as a tile's classes go; below 0 where a row is ignored, or has no other.
-  FSL_FN V labels(int64_t k, int64_t Row<T>::*which = &Row<T>::label) const {
+  FSL_FN V labels(int64_t k, int64_t Row<T>::* which = &Row<T>::label) const {
     T label[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t y = row[lane].*which;
@@ -511,7 +511,8 @@ constexpr unsigned of_probabilities(unsigned needs) {
 }
 
 template <class T, unsigned Needs>
-constexpr Kernels<T> kKernels = {rows<T, Needs>, probabilities<T, of_probabilities<T>(Needs)>, reduce_part<T, Needs>, finish_row<T, Needs>, spread_part<T, Needs>};
+constexpr Kernels<T> kKernels = {rows<T, Needs>, probabilities<T, of_probabilities<T>(Needs)>, reduce_part<T, Needs>, finish_row<T, Needs>,
+                                 spread_part<T, Needs>};
 
 }  // namespace
 

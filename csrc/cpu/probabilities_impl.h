@@ -26,7 +26,9 @@ struct ProbabilityRow {
     return T(1 - job.options.label_smoothing) * u + T(job.options.label_smoothing / job.options.classes) * w;
   }
 
-  // Read the row, and take the extremes out. Returns false where NaN or +inf, or no class at all, make all of it NaN.
+  // Read the row, and take the extremes out: the smallest only where a moment can be most of it. Returns false where NaN or
+  // +inf, or no class at all, make all of it NaN.
+  template <unsigned Needs>
   FSL_LOOP bool read(const Job<T>& job, const Row<T>& row) {
     gather(row.logits, job.storage, job.logits_step, z);
     gather(row.probabilities, job.target_storage, job.target_step, u);
@@ -36,12 +38,15 @@ struct ProbabilityRow {
     const V inf(Limits<T>::infinity());
     V most = V(0) - inf, least = inf, bad(0), first(0), last(0);  // with the vector of the first largest and the last smallest
     for (int64_t i = 0; i < padded; i += V::kLanes) {
-      const V zi = V::load(z + i), present = select(zi == V(0) - inf, inf, zi), at(T(i / V::kLanes));
+      const V zi = V::load(z + i), at(T(i / V::kLanes));
       first = select(most < zi, at, first);
       most = max(zi, most);
-      const auto above = least < present;
-      last = select(above, last, at);
-      least = select(above, least, present);
+      if (Needs & kLogits) {
+        const V present = select(zi == V(0) - inf, inf, zi);
+        const auto above = least < present;
+        last = select(above, last, at);
+        least = select(above, least, present);
+      }
       bad = bad + select(zi == zi, V(0), V(1));
     }
     const T top = maximum(most), bottom = -maximum(V(0) - least);
@@ -52,9 +57,9 @@ struct ProbabilityRow {
     for (int lane = 0; lane < V::kLanes; ++lane) {
       const int64_t f = int64_t(lanes[1][lane]) * V::kLanes + lane, l = int64_t(lanes[3][lane]) * V::kLanes + lane;
       if (lanes[0][lane] == top && f < extreme[0]) extreme[0] = f;
-      if (lanes[2][lane] == bottom && l > extreme[1]) extreme[1] = l;
+      if (Needs & kLogits && lanes[2][lane] == bottom && l > extreme[1]) extreme[1] = l;
     }
-    const int found = extreme[0] == extreme[1] ? 1 : 2;
+    const int found = extreme[1] < 0 || extreme[0] == extreme[1] ? 1 : 2;
     z_of[1] = -Limits<T>::infinity(), u_of[1] = v_of[1] = 0;
     for (int i = 0; i < found; ++i) {
       const int64_t k = extreme[i];
@@ -80,7 +85,7 @@ struct Rest {
 };
 
 template <class T, unsigned Needs>
-FSL_LOOP Rest<T> reduce(const Job<T>& job, const ProbabilityRow<T>& row) {
+FSL_LOOP Rest<T> reduce(const Job<T>& job, const ProbabilityRow<T>& row, const Row<T>& next) {
   using V = Vec<T>;
   Accumulator<T, Needs> acc;
   for (int64_t i = 0; i < row.padded; i += V::kLanes) acc.look(V::load(row.z + i));
@@ -92,6 +97,8 @@ FSL_LOOP Rest<T> reduce(const Job<T>& job, const ProbabilityRow<T>& row) {
   V u(0), v(0), vx(0), v_masked(0);
   for (int64_t i = 0; i < row.padded; i += V::kLanes) {
     const V zi = V::load(row.z + i), ui = V::load(row.u + i);
+    __builtin_prefetch(next.logits + i * sizeof(T));
+    __builtin_prefetch(next.probabilities + i * sizeof(T));
     acc.add(zi, V(at), ui).store(row.exps + i);
     V vi = ui;
     if (smooth) {
@@ -138,36 +145,70 @@ FSL_FN RowMoments<V> without(const RowMoments<T>& all, V x, V e) {
 }
 
 // The penalty expected over the labels that are no extremes: its value, and the RowGradient about all.m. What a class must
-// not get of it goes to `own`.
-template <class T, unsigned Needs>
-FSL_LOOP Penalty<T> expected(const Job<T>& job, const ProbabilityRow<T>& row, const RowMoments<T>& all, T rest_m) {
+// not get of it goes to `own`. By value, and the penalty known: whatever no class changes is computed once.
+template <class T, Diversity D>
+FSL_LOOP Penalty<T> expected(LossOptions o, const ProbabilityRow<T>& row, RowMoments<T> all, T rest_m) {
   using V = Vec<T>;
+  constexpr unsigned kNeeds = moments_of(D);
+  constexpr bool kUsesA = D != Diversity::logit_variance;
+  o.diversity = D;
   const T down = rest_m == -Limits<T>::infinity() ? T(0) : rest_m - all.m;
-  const V f(exp(max(down, T(-1000)))), inv_s1(T(1) / all.s1);
-  Penalty<V> sums;
+  const V f(exp(max(down, T(-1000)))), inv_s1(T(1) / all.s1), zero(0), m(all.m), masked(-Limits<T>::infinity());
+  const T *const zs = row.z, *const us = row.u, *const exps = row.exps;
+  T* const own = row.own;
+  V value(0), a(0), b(0), t(0), e0(0), e1(0);
   for (int64_t i = 0; i < row.padded; i += V::kLanes) {
     uint64_t words[8], any = 0;
-    memcpy(words, row.u + i, 64);
+    memcpy(words, us + i, 64);
     for (uint64_t word : words) any |= word;
     if (!any) continue;  // labels are often few
-    const V u = V::load(row.u + i);
-    const V zi = V::load(row.z + i);
-    const auto there = zi > V(-Limits<T>::infinity());
-    const V ui = select(there, u, V(0)), x = select(there, zi - V(all.m), V(0)), e = select(there, f * V::load(row.exps + i), V(0));
-    const auto rest = without<Needs>(all, x, e);
+    const V z = V::load(zs + i);
+    const auto there = z > masked;
+    const V u = select(there, V::load(us + i), zero), x = select(there, z - m, zero), e = select(there, f * V::load(exps + i), zero);
+    const auto rest = without<kNeeds>(all, x, e);
     const V p = e * inv_s1;
-    const Penalty<V> d = penalty_of(rest, rest.s1 * inv_s1, p, job.options);
-    sums.value = sums.value + ui * d.value;
-    add(sums.gradient, ui, d.gradient);
-    const V here = e * (d.gradient.a + d.gradient.b * e + d.gradient.t * x) + (d.gradient.e0 + d.gradient.e1 * x);
-    (V::load(row.own + i) + ui * (d.gradient.label - here)).store(row.own + i);
+    const Penalty<V> d = penalty_of(rest, rest.s1 * inv_s1, p, o);
+    const RowGradient<V>& g = d.gradient;
+    value = value + u * d.value;
+    V here(0);
+    if (kUsesA) {
+      V factor = g.a;
+      a = a + u * g.a;
+      if (kNeeds & kSquares) b = b + u * g.b, factor = factor + g.b * e;
+      if (kNeeds & kEntropy) t = t + u * g.t, factor = factor + g.t * x;
+      here = e * factor;
+    }
+    if (kNeeds & kLogits) {
+      e0 = e0 + u * g.e0;
+      here = here + g.e0;
+      if (!kUsesA) e1 = e1 + u * g.e1, here = here + g.e1 * x;
+    }
+    if (D == Diversity::variance) here = here - g.label;
+    (V::load(own + i) - u * here).store(own + i);
   }
   Penalty<T> out;
-  out.value = sum(sums.value);
-  const auto& g = sums.gradient;
-  out.gradient.a = sum(g.a), out.gradient.b = sum(g.b), out.gradient.t = sum(g.t);
-  out.gradient.e0 = sum(g.e0), out.gradient.e1 = sum(g.e1);
+  out.value = sum(value);
+  out.gradient.a = sum(a), out.gradient.b = sum(b), out.gradient.t = sum(t);
+  out.gradient.e0 = sum(e0), out.gradient.e1 = sum(e1);
   return out;
+}
+
+template <class T>
+FSL_FN Penalty<T> expected(const LossOptions& o, const ProbabilityRow<T>& row, const RowMoments<T>& all, T rest_m) {
+  switch (o.diversity) {
+    case Diversity::logit_variance:
+      return expected<T, Diversity::logit_variance>(o, row, all, rest_m);
+    case Diversity::kl:
+      return expected<T, Diversity::kl>(o, row, all, rest_m);
+    case Diversity::reverse_kl:
+      return expected<T, Diversity::reverse_kl>(o, row, all, rest_m);
+    case Diversity::chi2:
+      return expected<T, Diversity::chi2>(o, row, all, rest_m);
+    case Diversity::variance:
+      return expected<T, Diversity::variance>(o, row, all, rest_m);
+    default:
+      return {};
+  }
 }
 
 template <class T, unsigned Needs>
@@ -190,7 +231,7 @@ FSL_LOOP RowLoss<T> finish(const Job<T>& job, const ProbabilityRow<T>& row, cons
   T dz[2] = {v_others - v * top.s + slope * top.p, (v + slope) * bottom.p - row.v_of[1]};
   T penalty(0);
   if (o.diversity != Diversity::none && all.n > T(2)) {
-    const Penalty<T> most = expected<T, Needs>(job, row, all, r.m);
+    const Penalty<T> most = expected(o, row, all, r.m);
     penalty = most.value;
     add(g, T(1), about(most.gradient, step));
     for (int i = 0; i < 2; ++i) {
@@ -216,22 +257,33 @@ FSL_LOOP RowLoss<T> finish(const Job<T>& job, const ProbabilityRow<T>& row, cons
 }
 
 template <class T>
-FSL_FN void write(const Job<T>& job, const Row<T>& at, const T* dz, int64_t classes) {
-  if (job.gradient_step == bytes_of(job.storage)) return store_contiguous(dz, job.storage, classes, at.gradient);
-  for (int64_t k = 0; k < classes; ++k) store_one(dz[k], job.storage, at.gradient + k * job.gradient_step);
+FSL_FN void write(const Job<T>& job, const Row<T>& at, const T* dz) {
+  if (job.gradient_step == bytes_of(job.storage)) return store_contiguous(dz, job.storage, job.classes, at.gradient);
+  for (int64_t k = 0; k < job.classes; ++k) store_one(dz[k], job.storage, at.gradient + k * job.gradient_step);
 }
 
-// spread: into `own`, from where it is written.
+// spread: where it belongs, or into `own` and from there.
 template <class T, unsigned Needs>
-FSL_LOOP void spread(const ProbabilityRow<T>& row, const RowGradient<T>& g, T m, T scale) {
+FSL_LOOP void spread(const Job<T>& job, const Row<T>& at, const ProbabilityRow<T>& row, const RowGradient<T>& g, T m) {
   using V = Vec<T>;
   const RowGradient<V> lanes = broadcast(g);
+  const V base(m), scale(at.scale * at.row_weight);
+  const bool direct = holds<T>(job.storage) && job.gradient_step == int64_t(sizeof(T));
+  T* const out = direct ? reinterpret_cast<T*>(at.gradient) : row.own;
   for (int64_t i = 0; i < row.padded; i += V::kLanes) {
-    const V zi = V::load(row.z + i), x = zi - V(m);
-    (slope<Needs>(lanes, zi, x, V::load(row.exps + i), V(0)) + V(scale) * V::load(row.own + i)).store(row.own + i);
+    const V z = V::load(row.z + i);
+    const V dz = slope<Needs>(lanes, z, z - base, V::load(row.exps + i), V(0)) + scale * V::load(row.own + i);
+    if (!direct || i + V::kLanes <= row.classes) {
+      dz.store(out + i);
+    } else {
+      T tail[V::kLanes];
+      dz.store(tail);
+      memcpy(out + i, tail, (row.classes - i) * sizeof(T));
+    }
   }
   for (int i = 0; i < 2; ++i)
-    if (row.extreme[i] >= 0) row.own[row.extreme[i]] = i ? g.other : g.label;
+    if (row.extreme[i] >= 0) out[row.extreme[i]] = i ? g.other : g.label;
+  if (!direct) write(job, at, out);
 }
 
 template <class T, unsigned Needs>
@@ -243,17 +295,17 @@ void probabilities(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* s
   row.z = memory, row.u = memory + row.padded, row.exps = memory + 2 * row.padded, row.own = memory + 3 * row.padded;
   for (int64_t r = begin; r < end; ++r) {
     const Row<T> at = locate(job, r);
-    if (!row.read(job, at)) {
+    if (!row.template read<Needs>(job, at)) {
       const T nan = Limits<T>::quiet_NaN();
       record(job, r, RowLoss<T>{nan, nan, nan, {}}, sums);
       for (int64_t k = 0; k < job.classes; ++k) row.own[k] = nan;
+      if (job.gradient) write(job, at, row.own);
     } else {
-      const Rest<T> rest = reduce<T, Needs>(job, row);
+      const Rest<T> rest = reduce<T, Needs>(job, row, locate(job, r + 1 < end ? r + 1 : r));
       const RowLoss<T> loss = finish<T, Needs>(job, row, rest, at);
       record(job, r, loss, sums);
-      if (job.gradient) spread<T, Needs>(row, loss.gradient, rest.moments.m, at.scale * at.row_weight);
+      if (job.gradient) spread<T, Needs>(job, at, row, loss.gradient, rest.moments.m);
     }
-    if (job.gradient) write(job, at, row.own, job.classes);
   }
   delete[] memory;
 }
