@@ -129,19 +129,19 @@ def _rescale_on_host(dlogits: Tensor, upstream: Tensor) -> Tensor | None:
     return dlogits.mul_(upstream if upstream.dim() == 0 or dlogits.dim() == 1 else upstream.unsqueeze(1))
 
 
-def _no_moments(logits: Tensor, target: Tensor, reduction: int) -> tuple[int, bool]:
-    return 0, True
+def _no_moments(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
+    return 0, gradient
 
 
 def define(
     name: str,
     rescale: Callable[..., Tensor | None] | None = None,
-    outputs: Callable[[Tensor, Tensor, int], tuple[int, bool]] = _no_moments,
+    outputs: Callable[[Tensor, Tensor, int, bool], tuple[int, bool]] = _no_moments,
     forms: tuple[str, ...] = ("index",),
 ) -> Operators:
     """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; their kernels are registered beside them.
 
-    ``outputs(logits, target, reduction)`` gives the size of ``moments``, and whether the forward can write the gradient.
+    ``outputs(logits, target, reduction, gradient)`` gives the size of ``moments``, and whether the forward writes the gradient.
     """
     _library.define(f"{name}{_FORWARD}")  # type: ignore[no-untyped-call]
     _library.define(f"{name}_backward{_BACKWARD}")  # type: ignore[no-untyped-call]
@@ -153,11 +153,11 @@ def define(
         _check_devices(logits, target, weight, sample_weight)
         dtype = reference.accumulation_dtype(logits.dtype)
         shape = rows_of(logits) if REDUCTIONS[reduction] == "none" else ()
-        size, fused = outputs(logits, target, reduction)
+        size, fused = outputs(logits, target, reduction, gradient)
         return (
             logits.new_empty(shape, dtype=dtype),
             logits.new_empty((2, *shape) if parts else 0, dtype=dtype),
-            torch.empty_like(logits) if gradient and fused else logits.new_empty(0),
+            torch.empty_like(logits) if fused else logits.new_empty(0),
             logits.new_empty(size, dtype=dtype),
         )
 

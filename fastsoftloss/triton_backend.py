@@ -6,15 +6,17 @@ import contextlib
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from fastsoftloss import ops, reference
+from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, Plan, outputs, plan
+from fastsoftloss import triton_rows as long
+from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, outputs, plan
 
 _NONE, _MEAN = (ops.REDUCTIONS.index(name) for name in ("none", "mean"))
 _LIMIT_INT32 = 2**31
@@ -81,10 +83,8 @@ class _Rows:
         pointers = (logits,) if gradient is None else (logits, gradient)
         self.aligned = all(t.data_ptr() % 16 == 0 for t in pointers)
         self.row_strides = self.strides if self.rows > 1 else [self.classes]
-        if not self.same:
-            self.row_strides = []  # not one run of memory
 
-    def plan(self, logits: Tensor, spread: bool = False) -> Plan:
+    def plan(self, logits: Tensor, gradient: bool = False, kept: bool = False) -> Plan:
         return plan(
             self.rows,
             self.classes,
@@ -93,7 +93,9 @@ class _Rows:
             logits.element_size(),
             self.aligned,
             _multiprocessors(logits.device),
-            spread,
+            gradient,
+            kept,
+            self.same,
         )
 
     def arguments(self, gradient: bool) -> dict[str, int]:
@@ -130,51 +132,41 @@ def _flat(t: Tensor | None) -> tuple[Tensor | None, int]:
     return t, t.stride(0)
 
 
-def _options(label_smoothing: float, diversity: int, diversity_weight: float, z_loss: float) -> tuple[dict[str, float], dict[str, Any]]:
-    """(run-time, compile-time) arguments of ``_finish``."""
-    values = {"smoothing": label_smoothing, "diversity_weight": diversity_weight, "z_loss": z_loss}
-    return values, {"KIND": diversity, "SMOOTH": label_smoothing != 0, "Z_LOSS": z_loss != 0}
+class _Call(NamedTuple):
+    """What the operators have in common, in the order of the schema."""
 
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+    ignore_index: int
+    reduction: int
+    label_smoothing: float
+    diversity: int
+    diversity_weight: float
+    z_loss: float
 
-def _resident(
-    rows: _Rows,
-    chosen: Plan,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    options: tuple[dict[str, float], dict[str, Any]],
-    *,
-    gradient: Tensor | None = None,
-    upstream: Tensor | None = None,
-    rescale: bool = False,
-    loss: Tensor | None = None,
-    parts: Tensor | None = None,
-    partials: Tensor | None = None,
-    divisor: Tensor | None = None,
-    shares: Tensor | None = None,
-    counter: Tensor | None = None,
-) -> None:
-    target, target_stride = _flat(target)  # type: ignore[assignment]
-    sample_weight, sample_stride = _flat(sample_weight)
-    upstream_stride = 0
-    if upstream is not None:
-        scalar = upstream.dim() == 0
-        upstream, upstream_stride = _flat(upstream)
-        upstream_stride = 0 if scalar else upstream_stride
-    values, flags = options
-    kernels.resident[(chosen.programs,)](
-        logits, gradient, target, weight if rows.classes else None, sample_weight, upstream, loss, parts, partials, divisor, shares, counter,
-        rows.rows, **rows.arguments(True), target_stride=target_stride, sample_stride=sample_stride, upstream_stride=upstream_stride,
-        ignore_index=ignore_index, **values, K=rows.classes, **flags, REDUCTION=reduction,
-        ACCESS=chosen.access, DIMS=len(rows.sizes), SAME=rows.same, WIDE=rows.wide, RESCALE=rescale,
-        SHARES=1 if shares is None else shares.numel(),
-        UPSTREAM_ROWS=upstream is not None and upstream.numel() > 1 and upstream_stride != 0,
-        A=chosen.a, R=chosen.r, B=chosen.b, P=chosen.run, ALIGN=chosen.align, COPIES=max(1, 32 * chosen.warps // chosen.r),
-        num_warps=chosen.warps,
-    )  # fmt: skip
+    def labels(self) -> dict[str, Any]:
+        target, stride = _flat(self.target)
+        weight = self.weight if self.logits.numel() else None
+        return {"target_ptr": target, "target_stride": stride, "weight_ptr": weight, "ignore_index": self.ignore_index}
+
+    def samples(self) -> dict[str, Any]:
+        sample_weight, stride = _flat(self.sample_weight)
+        return {"sample_ptr": sample_weight, "sample_stride": stride}
+
+    def values(self) -> dict[str, Any]:
+        """The options of ``_finish``."""
+        return {
+            "smoothing": self.label_smoothing,
+            "diversity_weight": self.diversity_weight,
+            "z_loss": self.z_loss,
+            "Z_LOSS": self.z_loss != 0,
+            "REDUCTION": self.reduction,
+        }
+
+    def kinds(self) -> dict[str, Any]:
+        return {"KIND": self.diversity, "SMOOTH": self.label_smoothing != 0}
 
 
 def _share_count(rows: int) -> int:
@@ -182,25 +174,45 @@ def _share_count(rows: int) -> int:
     return 1 << max(0, min(8, (rows // 4096).bit_length()))
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    diversity: int,
-    diversity_weight: float,
-    z_loss: float,
-    parts: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _above(upstream: Tensor) -> dict[str, Any]:
+    """The gradient from above: a scalar is one for all rows."""
+    flat, stride = _flat(upstream)
+    return {"upstream_ptr": flat, "upstream_stride": 0 if upstream.dim() == 0 else stride}
+
+
+def _resident(
+    call: _Call, rows: _Rows, chosen: Plan, gradient: Tensor | None, above: dict[str, Any], rescale: bool = False, **pointers: Tensor | None
+) -> None:
+    """Launch the kernel for rows that fit; ``pointers`` are those of its outputs that are wanted."""
+    shares = pointers.get("shares_ptr")
+    outputs = {f"{name}_ptr": None for name in ("loss", "parts", "partials", "divisor", "shares", "counter")} | pointers
+    own: dict[str, Any]
+    if chosen.access == ROWS:
+        kernel = long.resident_rows
+        own = {"saved_ptr": None, "SAME": rows.same, "START": chosen.start, "ALIGN": chosen.align, "L": chosen.b, "V": chosen.vector}
+    else:
+        kernel = kernels.resident
+        own = {"ACCESS": chosen.access, "WIDE": rows.wide, "B": chosen.b, "P": chosen.run}
+    kernel[(chosen.programs,)](
+        z_ptr=call.logits, g_ptr=gradient, rows=rows.rows, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments(True),
+        **call.labels(), **call.samples(), **call.values(), **call.kinds(), **above, **(own | outputs),
+        RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
+        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, COPIES=max(1, 32 * chosen.warps // chosen.r),
+        num_warps=chosen.warps,
+    )  # fmt: skip
+
+
+_NOTHING_ABOVE: dict[str, Any] = {"upstream_ptr": None, "upstream_stride": 0}
+
+
+def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator ``fastsoftloss::triton_cross_entropy``; see ``ops`` for its arguments."""
+    *common, parts, gradient = inputs
+    call = _Call(*common)
+    logits, target, reduction = call.logits, call.target, call.reduction
     dtype = reference.accumulation_dtype(logits.dtype)
     shape = target.shape if reduction == _NONE else torch.Size()
-    moments_size, fused = outputs(logits, target, reduction)
-    gradient = gradient and fused
+    moments_size, gradient = outputs(logits, target, reduction, gradient)
     nothing = logits.new_empty(0, dtype=dtype)
     loss = logits.new_empty(shape, dtype=dtype)
     components = logits.new_empty((2, *shape), dtype=dtype) if parts else nothing
@@ -212,120 +224,79 @@ def forward(
             t.fill_(float("nan") if reduction == _MEAN else 0.0)
         return result
 
-    logits = _few_row_dims(logits)
-    rows = _Rows(logits, dlogits if gradient else None)
-    chosen = rows.plan(logits)
-    options = _options(label_smoothing, diversity, diversity_weight, z_loss)
-    out_parts = components if parts else None
+    call = call._replace(logits=_few_row_dims(logits))
+    dz = dlogits if gradient else None
+    rows = _Rows(call.logits, dz)
+    chosen = rows.plan(logits, gradient)
+    pointers: dict[str, Any] = {"loss_ptr": loss, "parts_ptr": components if parts else None}
     with _on(logits.device):
         if not chosen.resident:
-            _long_forward(rows, chosen, logits, target, weight, sample_weight, ignore_index, reduction, options, loss, out_parts, moments)
+            _long_forward(call, rows, chosen, moments, pointers)
             return result
-        arguments = (rows, chosen, logits, target, weight, sample_weight, ignore_index, reduction, options)
-        dz = dlogits if gradient else None
+        if chosen.access == ROWS and moments_size > 1:
+            pointers["saved_ptr"] = moments[1:]
         if reduction == _NONE:
-            _resident(*arguments, gradient=dz, loss=loss, parts=out_parts)
+            _resident(call, rows, chosen, dz, _NOTHING_ABOVE, **pointers)
             return result
-        partials = logits.new_empty(4 * chosen.programs, dtype=dtype)
+        pointers["partials_ptr"] = logits.new_empty(4 * chosen.programs, dtype=dtype)
         if reduction == _MEAN and gradient:
             # the divisor comes first, since every gradient wants it; then the last program to finish sums the loss
             shares = logits.new_empty(_share_count(rows.rows), dtype=dtype)
             counter = torch.empty(1, dtype=torch.int32, device=logits.device)
-            labels, target_stride = _flat(target)
-            s, sample_stride = _flat(sample_weight)
-            kernels.divisors[(shares.numel(),)](
-                labels, weight if rows.classes else None, s, shares, counter, rows.rows, rows.classes, target_stride, sample_stride, ignore_index,
+            finish.divisors[(shares.numel(),)](
+                out_ptr=shares, counter_ptr=counter, rows=rows.rows, K=rows.classes, **call.labels(), **call.samples(),
                 BLOCK=1024, num_warps=4,
             )  # fmt: skip
-            _resident(
-                *arguments, gradient=dz, loss=loss, parts=out_parts, partials=partials, divisor=moments, shares=shares, counter=counter
-            )
+            _resident(call, rows, chosen, dz, _NOTHING_ABOVE, divisor_ptr=moments, shares_ptr=shares, counter_ptr=counter, **pointers)
             return result
-        _resident(*arguments, gradient=dz, loss=loss, parts=out_parts, partials=partials)
+        _resident(call, rows, chosen, dz, _NOTHING_ABOVE, **pointers)
         divisor = moments if reduction == _MEAN else None
-        kernels.total[(1,)](partials, divisor, loss, out_parts, chosen.programs, REDUCTION=reduction, BLOCK=1024, num_warps=4)
+        finish.total[(1,)](
+            pointers["partials_ptr"], divisor, loss, pointers["parts_ptr"], chosen.programs, REDUCTION=reduction, BLOCK=1024, num_warps=4
+        )
     return result
 
 
-def _long_forward(
-    rows: _Rows,
-    chosen: Plan,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    options: tuple[dict[str, float], dict[str, Any]],
-    loss: Tensor,
-    parts: Tensor | None,
-    saved: Tensor,
-) -> None:
-    t, target_stride = _flat(target)
-    s, sample_stride = _flat(sample_weight)
-    values, flags = options
-    partial = saved.new_empty(9 * rows.rows * chosen.splits)
-    place = rows.arguments(False)
-    kernels.long_reduce[(chosen.programs,)](
-        logits, t, weight, partial, rows.rows, rows.classes, **place, target_stride=target_stride, ignore_index=ignore_index,
-        splits=chosen.splits, tiles=chosen.tiles, KIND=flags["KIND"], SMOOTH=flags["SMOOTH"], DIMS=len(rows.sizes),
-        ALIGN=chosen.align, A=chosen.a, L=chosen.r, V=chosen.b, num_warps=chosen.warps,
+def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, pointers: dict[str, Tensor | None]) -> None:
+    partial = moments.new_empty(9 * rows.rows * chosen.splits)
+    place: dict[str, Any] = rows.arguments(False) | {"rows": rows.rows, "K": rows.classes, "DIMS": len(rows.sizes), "splits": chosen.splits}
+    long.long_reduce[(chosen.programs,)](
+        z_ptr=call.logits, moments_ptr=partial, chunks=chosen.a, **place, **call.labels(), **call.kinds(),
+        START=chosen.start, ALIGN=chosen.align, L=chosen.b, V=chosen.vector, TILE=4, BLOCK=32, num_warps=chosen.warps,
     )  # fmt: skip
     width = triton.next_power_of_2(chosen.splits)
     block = max(1, 512 // width)
-    kernels.long_finish[(-(-rows.rows // block) if reduction == _NONE else 1,)](
-        logits, t, weight, s, partial, saved, loss, parts, rows.rows, rows.classes, **place,
-        target_stride=target_stride, sample_stride=sample_stride, ignore_index=ignore_index, splits=chosen.splits, **values, **flags,
-        REDUCTION=reduction, DIMS=len(rows.sizes), R=block, SPLITS=width, num_warps=4,
+    long.long_finish[(-(-rows.rows // block) if call.reduction == _NONE else 1,)](
+        z_ptr=call.logits, moments_ptr=partial, divisor_ptr=moments, saved_ptr=moments[1:], **pointers, **place,
+        **call.labels(), **call.samples(), **call.values(), **call.kinds(), R=block, SPLITS=width, num_warps=4,
     )  # fmt: skip
 
 
-def _gradient(
-    dlogits: Tensor,
-    upstream: Tensor,
-    moments: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    diversity: int,
-    diversity_weight: float,
-    z_loss: float,
-    rescale: bool,
-) -> Tensor:
-    if target.numel() == 0 or logits.numel() == 0:
+def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequence[Any], rescale: bool) -> Tensor:
+    call = _Call(*inputs)
+    if call.target.numel() == 0 or call.logits.numel() == 0:
         return dlogits
-    logits = _few_row_dims(logits)
-    rows = _Rows(logits, dlogits)
-    options = _options(label_smoothing, diversity, diversity_weight, z_loss)
-    chosen = rows.plan(logits, spread=True)
-    with _on(logits.device):
-        if chosen.resident:
-            _resident(
-                rows, chosen, logits, target, weight, sample_weight, ignore_index, reduction, options,
-                gradient=dlogits, upstream=upstream, divisor=moments if reduction == _MEAN else None, rescale=rescale,
-            )  # fmt: skip
+    call = call._replace(logits=_few_row_dims(call.logits))
+    rows = _Rows(call.logits, dlogits)
+    chosen = rows.plan(call.logits, gradient=True)
+    divisor = moments if call.reduction == _MEAN else None
+    with _on(dlogits.device):
+        if chosen.resident and (chosen.access != ROWS or moments.numel() <= 1):
+            _resident(call, rows, chosen, dlogits, _above(upstream), rescale, divisor_ptr=divisor)
             return dlogits
-        t, target_stride = _flat(target)
-        s, sample_stride = _flat(sample_weight)
-        scalar = upstream.dim() == 0
-        u, upstream_stride = _flat(upstream)
-        values, flags = options
-        kernels.long_spread[(chosen.programs,)](
-            logits, dlogits, t, weight, s, u, moments, rows.rows, rows.classes, **rows.arguments(True),
-            target_stride=target_stride, sample_stride=sample_stride, upstream_stride=0 if scalar else upstream_stride,
-            ignore_index=ignore_index, **values, splits=chosen.splits, tiles=chosen.tiles, **flags, REDUCTION=reduction,
-            DIMS=len(rows.sizes), SAME=rows.same, ALIGN=chosen.align, A=chosen.a, L=chosen.r, V=chosen.b, num_warps=chosen.warps,
+        chosen = rows.plan(call.logits, gradient=True, kept=True)
+        long.spread_rows[(chosen.programs,)](
+            z_ptr=call.logits, g_ptr=dlogits, divisor_ptr=moments, saved_ptr=moments[1:], rows=rows.rows, K=rows.classes,
+            splits=chosen.splits, chunks=chosen.a, smoothing=call.label_smoothing, REDUCTION=call.reduction,
+            DIMS=len(rows.sizes), **rows.arguments(True), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
+            SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector, TILE=4, num_warps=chosen.warps,
         )  # fmt: skip
     return dlogits
 
 
 def backward(upstream: Tensor, moments: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     """The operator ``fastsoftloss::triton_cross_entropy_backward``: the gradient for ``upstream``, () or target's shape."""
-    return _gradient(torch.empty_like(logits), upstream, moments, logits, *inputs, rescale=False)  # type: ignore[misc]
+    return _gradient(torch.empty_like(logits), upstream, moments, (logits, *inputs), rescale=False)
 
 
 def rescale(dlogits: Tensor, upstream: Tensor, moments: Tensor, logits: Tensor, *inputs: Any) -> Tensor | None:
@@ -336,4 +307,4 @@ def rescale(dlogits: Tensor, upstream: Tensor, moments: Tensor, logits: Tensor, 
     """
     if dlogits.shape != logits.shape:
         return None
-    return _gradient(dlogits, upstream, moments, logits, *inputs, rescale=True)  # type: ignore[misc]
+    return _gradient(dlogits, upstream, moments, (logits, *inputs), rescale=True)

@@ -9,23 +9,25 @@ from torch import Tensor
 
 from fastsoftloss import ops
 
-STRIDED, ALIGNED, FLAT = 0, 1, 2  # as in triton_kernels
+STRIDED, ROWS, FLAT = 0, 1, 2  # as in triton_kernels; ROWS: by triton_rows
 MAX_ROW_DIMS = 4
 
-_KEPT = 5  # floats a row that a long row's backward finds again
+_KEPT = 5  # floats a row that the backward finds again, triton_rows.FIELDS
 _MEAN = ops.REDUCTIONS.index("mean")
 
 _VECTOR_BYTES = 16
 _SECTOR_BYTES = 32
 _FLAT_CLASSES = 256  # beyond, a row alone fills its memory sectors well enough
+_CHUNK_CLASSES = 128  # fewer do not fill a chunk
 
 
 class Plan(NamedTuple):
     """How a call is laid out on the device.
 
     ``resident``: a row stays in one program's registers, so that its gradient is written in the forward's pass.
-    Tiles are ``[a, r, b]``: class a * b + b of row r. Where a row does not fit, ``splits`` programs share it and
-    each takes ``tiles`` tiles of ``a * b * r`` classes, r being the lanes.
+    FLAT and STRIDED tiles are ``[a, r, b]``: class a * b + b of row r. ROWS, and rows that do not fit, are read in chunks
+    ``[r, b, vector]``: ``vector`` neighbours for each of b lanes, ``a`` chunks in all, or where ``splits`` programs share
+    a row ``a`` chunks each.
     """
 
     resident: bool
@@ -33,23 +35,26 @@ class Plan(NamedTuple):
     a: int
     r: int
     b: int
+    vector: int
     run: int  # elements of the padded flat run; 0 where access is not FLAT
-    align: int  # elements between aligned starts
+    align: int  # elements of a memory sector; 0: no access wider than an element
+    start: int  # elements that every row's first is a multiple of: align, half of it (and so are the classes), or 1
     warps: int
     programs: int
     splits: int
-    tiles: int
 
 
 def fits(classes: int, itemsize: int) -> bool:
     """Whether one program holds a row of this many classes; a property of the dtype alone, so that shapes decide it."""
-    return classes <= (4096 if itemsize == 8 else 8192)
+    return classes <= (4096 if itemsize == 8 else 16384)
 
 
-def outputs(logits: Tensor, target: Tensor, reduction: int) -> tuple[int, bool]:
-    """(size of ``moments``, whether the forward can write the gradient too)."""
-    if fits(logits.shape[min(1, logits.dim() - 1)], logits.element_size()):
-        return int(reduction == _MEAN), True
+def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
+    """(size of ``moments``, whether the forward writes the gradient too)."""
+    classes = logits.shape[min(1, logits.dim() - 1)]
+    resident = fits(classes, logits.element_size())
+    if classes <= _FLAT_CLASSES or (gradient and resident):
+        return int(reduction == _MEAN), gradient
     return 1 + _KEPT * target.numel(), False
 
 
@@ -65,7 +70,9 @@ def plan(
     itemsize: int,
     aligned: bool,
     multiprocessors: int,
-    spread: bool = False,
+    gradient: bool = False,
+    kept: bool = False,
+    same: bool = True,
 ) -> Plan:
     """The plan for ``rows`` x ``classes`` logits.
 
@@ -74,39 +81,47 @@ def plan(
         itemsize: bytes of a logit.
         aligned: the first logit lies at a multiple of 16 bytes.
         multiprocessors: of the device.
-        spread: for rows that do not fit, the pass that writes the gradient.
+        gradient: this pass writes it.
+        kept: from row gradients that the forward has kept.
+        same: the gradient has the strides of the logits.
     """
     vector = _VECTOR_BYTES // itemsize
     align = _SECTOR_BYTES // itemsize
     by_vector = class_stride == 1 and aligned
-    if not fits(classes, itemsize):
-        b = vector if by_vector else 1
-        warps = 4
-        a = (32 if itemsize < 8 else 16) // b
-        lanes = 32 * warps
-        all_tiles = -(-classes // (a * lanes * b))
-        wanted = (8 if spread else 4) * multiprocessors
-        splits = min(all_tiles, max(1, -(-wanted // max(rows, 1))))
-        tiles = -(-all_tiles // splits)
-        splits = -(-all_tiles // tiles)
-        return Plan(
-            False, ALIGNED if by_vector else STRIDED, a, lanes, b, 0, align if by_vector else 0, warps, rows * splits, splits, tiles
-        )
+    whole = classes % vector == 0
+    start = next(n for n in (align, vector, 1) if n == 1 or (whole and all(s % n == 0 for s in row_strides)))
+    resident = fits(classes, itemsize)
+    # places of a row in its memory sectors: those of its edges left out, those of the row before taken in
+    places = classes // align * align if start == 1 else classes + (vector if start < align else 0)
+    least = align if start == 1 and align > 8 else 8  # lanes; an edge is one access
+    if kept or not resident:
+        if not by_vector:
+            vector, align, start, places = 1, 0, 0, classes
+        lanes = min(128, max(least, _pow2(-(-classes // 128)))) if kept and by_vector else 128
+        r = max(1, 32 // lanes) if kept else 1
+        chunks = max(1, -(-places // (lanes * vector)))
+        wanted = (8 if kept else 4) * multiprocessors
+        splits = min(-(-chunks // 8), max(1, -(-wanted * r // max(rows, 1))))
+        each = -(-chunks // splits)
+        splits = -(-chunks // each)
+        warps = max(1, lanes // 32)
+        return Plan(resident, ROWS, each, r, lanes, vector, 0, align, start, warps, -(-rows // r) * splits, splits)
 
     run = 0
-    if by_vector and tuple(row_strides) == (classes,) and 1 <= classes <= _FLAT_CLASSES and itemsize < 8:
-        access, warps = FLAT, 2
+    if by_vector and same and tuple(row_strides) == (classes,) and 1 <= classes <= _FLAT_CLASSES and itemsize < 8:
+        access, warps, vector = FLAT, 2, 1
         b = _pow2(-(-classes // 32))
         a, r = _pow2(-(-classes // b)), 32 * warps // b
         run = _pow2(r * classes)
-    elif by_vector and classes >= 2 * align:
-        access = ALIGNED
-        lanes = max(8, _pow2(-(-classes // (32 if itemsize < 8 else 16))))  # more elements a thread would spill
-        warps, r = max(1, lanes // 32), max(1, 32 // lanes)
-        b = lanes * vector
-        a = _pow2(-(-classes // b))
+    elif by_vector and classes >= _CHUNK_CLASSES:
+        access = ROWS
+        each = (64 if gradient else 128) if itemsize < 8 else (16 if gradient else 32)  # more elements a thread would spill
+        vector = 8 if itemsize < 8 else vector
+        b = max(least, _pow2(-(-classes // each)))
+        warps, r = max(1, b // 32), max(1, 32 // b)
+        a = -(-places // (b * vector))
     else:
-        access, warps = STRIDED, 4
+        access, warps, vector = STRIDED, 4, 1
         padded = _pow2(classes)
         size = 4096 if itemsize < 8 else 2048
         if class_stride == 1:
@@ -118,4 +133,4 @@ def plan(
         a = padded // b
         warps = max(4, min(32, padded * r // 32 // (32 if itemsize < 8 else 16)))
     programs = min(-(-rows // r), multiprocessors * max(1, 32 // warps))
-    return Plan(True, access, a, r, b, run, align, warps, programs, 1, 1)
+    return Plan(True, access, a, r, b, vector, run, align, start, warps, programs, 1)

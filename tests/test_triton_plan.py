@@ -9,22 +9,38 @@ import pytest
 pytest.importorskip("triton")
 
 from fastsoftloss.triton_backend import collapse
-from fastsoftloss.triton_plan import ALIGNED, FLAT, STRIDED, fits, plan
+from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, plan
+
+ROWS_AND_CLASSES = tuple(itertools.product((1, 7, 4096, 10**6), (0, 1, 2, 10, 17, 100, 256, 257, 1000, 1003, 4096, 16384, 50257, 2**20)))
 
 
-@pytest.mark.parametrize(("itemsize", "aligned", "class_stride"), itertools.product((2, 4, 8), (True, False), (1, 49)))
+@pytest.mark.parametrize(("itemsize", "aligned", "class_stride"), list(itertools.product((2, 4, 8), (True, False), (1, 49))))
 def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_stride: int) -> None:
-    for rows, classes in itertools.product((1, 7, 4096, 10**6), (0, 1, 2, 10, 17, 100, 256, 257, 1000, 1003, 4096, 16384, 50257, 2**20)):
-        p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132)
-        assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.warps))
+    for (rows, classes), gradient in itertools.product(ROWS_AND_CLASSES, (False, True)):
+        p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, gradient)
+        assert all(n & (n - 1) == 0 for n in (p.r, p.b, p.vector, p.warps))
         assert p.resident == fits(classes, itemsize) and 1 <= p.warps <= 32
-        if p.resident:
+        if not p.resident:
+            assert_shared(p, rows, classes)
+        elif p.access == ROWS:
+            chunk = p.b * p.vector
+            edges = 2 * p.align if p.start == 1 else 0
+            assert p.a * chunk + edges >= classes and (p.a - 1) * chunk < classes and p.programs >= 1
+            assert 2 <= p.a < 32, "the first chunk is full, and a bit for each"
+            assert p.a * p.r * chunk <= 32 * p.warps * (64 if gradient else 128) * (1.5 if classes < 512 else 1.25), "elements a thread"
+        else:
             assert p.a * p.b >= classes and p.programs >= 1
             assert p.a * p.r * p.b * itemsize <= 32 * p.warps * 512 * max(1, itemsize // 4), "elements a thread"
             assert p.access != FLAT or (p.run >= p.r * classes and p.r * classes * itemsize % 16 == 0)
-        else:
-            assert p.splits * p.tiles * p.a * p.r * p.b >= classes and p.programs == rows * p.splits
-            assert (p.splits - 1) * p.tiles * p.a * p.r * p.b < classes, "no program without work"
+        if p.access == ROWS and classes > 256:
+            assert_shared(plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, True, True), rows, classes)
+
+
+def assert_shared(p: Plan, rows: int, classes: int) -> None:
+    chunks = p.a * p.b * p.vector
+    edges = 2 * p.align if p.start == 1 else 0
+    assert p.splits * chunks + edges >= classes and p.programs == -(-rows // p.r) * p.splits
+    assert (p.splits - 1) * chunks < classes + p.vector, "no program without work"
 
 
 def test_few_classes_put_many_rows_in_a_program() -> None:
@@ -39,8 +55,16 @@ def test_few_long_rows_are_split_and_many_are_not() -> None:
 def test_access() -> None:
     assert plan(64, 10, 1, [10], 2, True, 132).access == FLAT
     assert plan(64, 10, 1, [16], 2, True, 132).access == STRIDED
-    assert plan(64, 1003, 1, [1003], 2, True, 132).access == ALIGNED
+    assert plan(64, 10, 1, [10], 2, True, 132, same=False).access == STRIDED
+    assert plan(64, 1003, 1, [1003], 2, True, 132).access == ROWS
     assert plan(64, 1003, 1, [1003], 2, False, 132).access == STRIDED
+
+
+def test_where_rows_start() -> None:
+    assert plan(64, 4096, 1, [4096], 2, True, 132).start == 16  # a memory sector of 32 bytes
+    assert plan(64, 1000, 1, [1000], 2, True, 132).start == 8  # half of one
+    assert plan(64, 1003, 1, [1003], 2, True, 132).start == 1
+    assert plan(64, 1003, 1, [1008], 2, True, 132).start == 1, "its last vector is not whole"
 
 
 def test_collapse_joins_what_strides_allow() -> None:

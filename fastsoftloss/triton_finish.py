@@ -1,0 +1,427 @@
+"""What the Triton kernels share: a row's labels, weights and place, finish (moments -> loss and row gradient), the formula
+of spread, and the totals.
+
+The definition is in ``reference.py``. The true class never enters a sum, and means are offsets from a logit near the
+complement's, the base: x = z - base, S1 = sum e^x, S2 = sum e^2x, SX = sum e^x x, so nothing cancels. The gradient of a row is
+dz_j = e^x (A + P e^x) + E0 - EW w_j, or with P x in place of P e^x (kl) or P x in place of E0 (logit_variance); a new
+penalty is one case in ``_finish``.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471824645996)
+LN2_LOW = tl.constexpr(-1.904654323148236e-09)  # log(2) less its float32
+LOG2E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its float32
+
+# the order of ops.DIVERSITIES and of ops.REDUCTIONS
+LOGIT_VARIANCE = tl.constexpr(1)
+KL = tl.constexpr(2)
+REVERSE_KL = tl.constexpr(3)
+CHI2 = tl.constexpr(4)
+VARIANCE = tl.constexpr(5)
+NONE = tl.constexpr(0)
+MEAN = tl.constexpr(1)
+
+
+# ---------------------------------------------------------------- scalars
+
+
+@triton.jit
+def _exp(x):
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _exp_exact(x):
+    """e^x to the last digits of float32 for a large |x| too: the product with log2(e) keeps its low part."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    high = x * LOG2E
+    low = tl.where(tl.abs(x) < 1e4, tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -high) + x * LOG2E_LOW, 0.0)
+    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+
+
+@triton.jit
+def _log1p(v):
+    """log(1 + v), v >= 0, with full relative precision for a tiny v."""
+    if v.dtype == tl.float64:
+        u = 1.0 + v
+        return tl.where(u == 1.0, v, tl.log(u) * (v / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(v <= 1.0, _log1p_near_zero(v), tl.log(1.0 + v))
+
+
+@triton.jit
+def _log1p_near_zero(v):
+    """log(1 + v) in float32 for 0 <= v <= 1: v times a polynomial of relative error 5e-9, which costs no special function."""
+    p = -0.0032439809292554855 * v + 0.019851261749863625
+    p = p * v - 0.056959159672260284
+    p = p * v + 0.10603617131710052
+    p = p * v - 0.15305569767951965
+    p = p * v + 0.19675931334495544
+    p = p * v - 0.24954132735729218
+    p = p * v + 0.3332996368408203
+    p = p * v - 0.4999990165233612
+    return (p * v + 1.0) * v
+
+
+@triton.jit
+def _fma(a, b, c):
+    """a b + c, rounded once; the interpreter's own rounds twice."""
+    if INTERPRETED and a.dtype == tl.float32:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def _two_sum_error(a, b, total):
+    """What ``total`` = a + b lost by rounding."""
+    b_part = total - a
+    error = (a - (total - b_part)) + (b - b_part)
+    return tl.where(tl.abs(error) < 1e30, error, 0.0)  # infinities
+
+
+@triton.jit
+def _option(value, like):
+    """A scalar option in the dtype of the arithmetic."""
+    return tl.full(like.shape, value, like.dtype)
+
+
+# ---------------------------------------------------------------- rows
+
+
+@triton.jit
+def _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS: tl.constexpr):
+    """Where a row starts: its index unfolded over DIMS row dimensions."""
+    row = tl.cast(row, tl.int64)
+    if DIMS == 1:
+        return row * s3
+    offset = (row % n3) * s3
+    row = row // n3
+    if DIMS == 2:
+        return offset + row * s2
+    offset += (row % n2) * s2
+    row = row // n2
+    if DIMS == 3:
+        return offset + row * s1
+    return offset + (row % n1) * s1 + (row // n1) * s0
+
+
+@triton.jit
+def _labels(target_ptr, row, rows, stride, ignore_index, K):
+    """(true class, does the row count, is its label good); a label that is not good reads as class 0."""
+    t = tl.load(target_ptr + row.to(tl.int64) * stride, mask=row < rows, other=0).to(tl.int64)
+    counted = (row < rows) & (t != ignore_index)
+    good = (t >= 0) & (t < K)
+    return tl.where(counted & good, t, 0).to(tl.int32), counted, good
+
+
+@triton.jit
+def _labels_once(target_ptr, row, rows, stride, ignore_index, K, COPIES: tl.constexpr):
+    """``_labels`` by one load: a load of fewer elements than threads is repeated for every layout it is used in."""
+    copy = tl.expand_dims(tl.arange(0, COPIES), 0)
+    first = (tl.expand_dims(row, 1) < rows) & (copy == 0)
+    at = tl.expand_dims(row, 1).to(tl.int64) * stride + copy
+    t = tl.load(target_ptr + at, mask=first, other=0).to(tl.int64)
+    # >= 0: the class; -1: ignored; -2: out of range
+    t = tl.where(t == ignore_index, -1, tl.where((t >= 0) & (t < K), t, -2)).to(tl.int32)
+    t = tl.sum(tl.where(first, t, 0), 1)
+    t = tl.where(row < rows, t, -1)
+    return tl.maximum(t, 0), t != -1, t >= 0
+
+
+@triton.jit
+def _row_weights(weight_ptr, sample_ptr, row, rows, stride, y, counted, DTYPE: tl.constexpr):
+    """(class weight, sample weight) of each row; their product is 0 where the row does not count."""
+    w = tl.full(row.shape, 1.0, DTYPE)
+    sample = tl.where(counted, w, 0.0)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + y, mask=counted, other=0.0)
+    if sample_ptr is not None:
+        sample = tl.load(sample_ptr + row.to(tl.int64) * stride, mask=counted, other=0.0)
+    return w, sample
+
+
+@triton.jit
+def _across(row_scalar):
+    """[R] -> [1, R, 1]; the scalar of a program's only row stays one."""
+    if len(row_scalar.shape) == 0:
+        return row_scalar
+    else:
+        return tl.expand_dims(tl.expand_dims(row_scalar, 0), 2)
+
+
+@triton.jit
+def _finite(m):
+    """A maximum that can be subtracted: 0 where the complement is empty."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+# ---------------------------------------------------------------- finish
+
+
+@triton.jit
+def _cross_entropy(delta_high, delta_low, s1, inverse_s1, WANTS_LSE: tl.constexpr):
+    """(CE, 1 - p_y, p_y, log S1, log(1 + e^margin)) of the margin delta_high + delta_low + log S1.
+
+    WANTS_LSE: whether the two logarithms are wanted by themselves; if not they share one special function.
+    """
+    h = _exp_exact(-0.5 * tl.abs(delta_high))
+    over = delta_high > 0  # whichever sign it has, e^-|margin| or what it would be is v
+    v = tl.where(over, h * inverse_s1 * h * (1.0 - delta_low), h * s1 * h * (1.0 + delta_low))
+    u = 1.0 + v
+    inverse = 1.0 / u
+    s = tl.where(over, 1.0, v) * inverse
+    p_y = tl.where(over, v, 1.0) * inverse
+    if WANTS_LSE or s1.dtype == tl.float64:
+        log_s1 = tl.log(s1)
+        log1p = _log1p(v)
+        ce = log1p + tl.where(over, delta_high + (delta_low + log_s1), 0.0)
+    else:
+        log_s1 = tl.log(tl.where(over, s1 * u, u))
+        log1p = tl.where(v <= 1.0, _log1p_near_zero(v), log_s1)
+        ce = tl.where(over, delta_high + (delta_low + log_s1), log1p)
+    return ce, s, p_y, log_s1, log1p, v != v
+
+
+@triton.jit
+def _finish(
+    n, inverse_n, base, z_y, d, error, s1, s2, sx, mean, m2, sw, swx, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
+    KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """Moments of rows -> (loss, cross-entropy, D) and the row gradient (A, P, E0, EW, dz_y), all weighted.
+
+    mean and M2 are those of x = z - base; d + error is the base less the true class's logit, -inf where the complement is
+    empty. EW w_j is what label smoothing takes from each class, the masked ones too.
+    """
+    zero = tl.zeros_like(s1)
+    s1 = tl.where(s1 == 0.0, 1.0, s1)
+    inverse_s1 = 1.0 / s1
+    ce, s, p_y, log_s1, log1p, bad = _cross_entropy(d, error, s1, inverse_s1, SMOOTH or Z_LOSS)
+    bad = bad | (z_y == float("inf"))
+
+    # cross-entropy with its smoothing
+    pull = w_y + zero  # what multiplies the gradient of the log-sum-exp
+    g_y = zero
+    ew = zero
+    lse_less_base = zero
+    if SMOOTH or Z_LOSS:
+        lse_less_base = tl.where(d > 0, log_s1, tl.where(d == -float("inf"), z_y - base, -d)) + log1p
+    ce = w_y * ce
+    if SMOOTH:
+        eps = _option(smoothing, s1)
+        ew = eps / K
+        ce = (1.0 - eps) * ce + ew * (sw * lse_less_base - swx + ce)
+        pull = (1.0 - eps) * w_y + ew * (sw + w_y)
+        g_y = ew * sw
+    g_y -= pull * s
+    loss = ce
+    a = pull * s
+
+    if Z_LOSS:
+        lse = base + lse_less_base
+        k = 2.0 * _option(z_loss, s1) * w_y * lse
+        loss += 0.5 * k * lse
+        a += k * s
+        g_y += k * p_y
+
+    # the penalty: nothing to spread among fewer than two classes
+    p = zero
+    e0 = zero
+    div = zero
+    if KIND != 0:
+        several = n > 1.0
+        k = tl.where(several, _option(diversity_weight, s1) * w_y, 0.0)
+        n = tl.where(several, n, 1.0)
+        if KIND == LOGIT_VARIANCE:
+            div = m2 * inverse_n
+            p = 2.0 * k * inverse_n
+            e0 = -p * mean
+        elif KIND == KL:
+            r = sx * inverse_s1
+            div = r - tl.log(s1 * inverse_n)
+            p = k * inverse_s1
+            a -= k * r
+        elif KIND == REVERSE_KL:
+            div = tl.log(s1 * inverse_n) - mean
+            a += k
+            e0 = -k * inverse_n
+        else:
+            q2 = s2 * inverse_s1 * inverse_s1
+            if KIND == CHI2:
+                div = n * q2 - 1.0
+                a -= 2.0 * k * n * q2
+                p = 2.0 * k * n * inverse_s1 * inverse_s1
+            else:
+                v_q = (q2 - inverse_n) * inverse_n
+                div = s * s * v_q
+                k = 2.0 * k * s * s
+                a += k * (p_y * v_q - q2 * inverse_n)
+                p = k * inverse_n * inverse_s1 * inverse_s1
+                g_y -= k * p_y * v_q
+        div = tl.where(several, div, 0.0) * w_y
+        loss += _option(diversity_weight, s1) * div
+    a = a * inverse_s1
+
+    # as PyTorch: a logit of NaN or +inf makes a row NaN; so does a label out of range, whose gradient is zero
+    nan = float("nan")
+    live = counted & good
+    ce = tl.where(counted, tl.where(bad | (good == 0), nan, ce * sample), 0.0)
+    div = tl.where(live, tl.where(bad, nan, div * sample), 0.0)
+    loss = tl.where(counted, tl.where(bad | (good == 0), nan, loss * sample), 0.0)
+    g = tl.where(bad, nan, sample)
+    a = tl.where(live, a * g, 0.0)
+    p = tl.where(live, p * g, 0.0)
+    e0 = tl.where(live, e0 * g, 0.0)
+    ew = tl.where(live, ew * g, 0.0)
+    g_y = tl.where(live, g_y * g, 0.0)
+    return loss, ce, div, a, p, e0, ew, g_y
+
+
+# ---------------------------------------------------------------- spread
+
+
+@triton.jit
+def _spread(x, e, w, a, p, e0, ew, KIND: tl.constexpr, SMOOTH: tl.constexpr):
+    """The gradient of a tile where x and e^x are those of the complement; the row's scalars broadcast against it."""
+    dz = a
+    rest = e0
+    if KIND == CHI2 or KIND == VARIANCE:
+        dz = e * p + a
+    if KIND == KL:
+        dz = x * p + a
+    if KIND == LOGIT_VARIANCE:
+        rest = x * p + e0
+    if SMOOTH:
+        if w is None:
+            rest -= ew
+        else:
+            rest -= ew * w
+    if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL or SMOOTH:
+        return e * dz + rest
+    else:
+        return e * dz
+
+
+@triton.jit
+def _spread_holes(dz, x, w, a, ew, SMOOTH: tl.constexpr):
+    """The gradient of masked classes, of which x is -inf: nothing but what label smoothing takes; NaN in a NaN row."""
+    masked = a * 0.0
+    if SMOOTH:
+        if w is None:
+            masked -= ew
+        else:
+            masked -= ew * w
+    return tl.where(x != -float("inf"), dz, masked)
+
+
+# ---------------------------------------------------------------- losses and totals
+
+
+@triton.jit
+def _inverse_divisor(shares_ptr, divisor_ptr, upstream_ptr, SHARES: tl.constexpr, DTYPE: tl.constexpr):
+    """[1]: one over what the mean divides by, where a gradient wants it: summed from its shares, or as the forward left it."""
+    if shares_ptr is not None:
+        return 1.0 / tl.sum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0, keep_dims=True)
+    elif divisor_ptr is not None and upstream_ptr is not None:
+        return 1.0 / tl.load(divisor_ptr + tl.arange(0, 1))
+    else:
+        return tl.full((1,), 1.0, DTYPE)
+
+
+@triton.jit
+def _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div):
+    """Write what there is to know of each row."""
+    tl.store(loss_ptr + row, loss, mask=row < rows)
+    if parts_ptr is not None:
+        tl.store(parts_ptr + row, ce, mask=row < rows)
+        tl.store(parts_ptr + rows + row, div, mask=row < rows)
+
+
+@triton.jit
+def _keep_totals(
+    partials_ptr, divisor_ptr, loss_ptr, parts_ptr, counter_ptr, loss, w, ce, div, REDUCTION: tl.constexpr
+):  # fmt: skip
+    """Write this program's sums; if counter_ptr is given, the last program to do so sums them all."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(partials_ptr + program, loss)
+    tl.store(partials_ptr + programs + program, w)
+    if parts_ptr is not None:
+        tl.store(partials_ptr + 2 * programs + program, ce)
+        tl.store(partials_ptr + 3 * programs + program, div)
+    if counter_ptr is not None:
+        tl.debug_barrier()  # all of this program's partial results, before it is counted
+        done = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+        if done == programs - 1:
+            _total(partials_ptr, divisor_ptr, loss_ptr, parts_ptr, programs, REDUCTION, 256)
+
+
+@triton.jit
+def _total(partials_ptr, divisor_ptr, loss_ptr, parts_ptr, programs, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the programs' partial results, always in the same order, and write the reduced loss."""
+    i = tl.arange(0, BLOCK)
+    loss = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    ce = loss
+    div = loss
+    w = loss
+    for start in range(0, programs, BLOCK):
+        k = start + i
+        inside = k < programs
+        loss += tl.load(partials_ptr + k, mask=inside, other=0.0, cache_modifier=".cg")
+        w += tl.load(partials_ptr + programs + k, mask=inside, other=0.0, cache_modifier=".cg")
+        if parts_ptr is not None:
+            ce += tl.load(partials_ptr + 2 * programs + k, mask=inside, other=0.0, cache_modifier=".cg")
+            div += tl.load(partials_ptr + 3 * programs + k, mask=inside, other=0.0, cache_modifier=".cg")
+    total = tl.sum(loss, 0)
+    divisor = tl.sum(w, 0)
+    if REDUCTION == MEAN:
+        total = total / divisor
+        if divisor_ptr is not None:
+            tl.store(divisor_ptr, divisor)
+    tl.store(loss_ptr, total)
+    if parts_ptr is not None:
+        ce = tl.sum(ce, 0)
+        div = tl.sum(div, 0)
+        if REDUCTION == MEAN:
+            ce = ce / divisor
+            div = div / divisor
+        tl.store(parts_ptr, ce)
+        tl.store(parts_ptr + 1, div)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def total(partials_ptr, divisor_ptr, loss_ptr, parts_ptr, programs, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the partial results of all programs -> loss, parts and the mean's divisor."""
+    _total(partials_ptr, divisor_ptr, loss_ptr, parts_ptr, programs, REDUCTION, BLOCK)
+
+
+@triton.jit(do_not_specialize=["rows", "K"])
+def divisors(
+    target_ptr, weight_ptr, sample_ptr, out_ptr, counter_ptr, rows, K, target_stride, sample_stride, ignore_index, BLOCK: tl.constexpr
+):
+    """out[program]: its share of the summed weights of the rows that count, which the mean divides by."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK,), DTYPE)
+    for start in range(program * BLOCK, rows, programs * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= rows:  # its own branch: a mask with a run-time bound would break up the 16-byte loads
+            t = tl.load(target_ptr + row.to(tl.int64) * target_stride).to(tl.int64)
+        else:
+            t = tl.load(target_ptr + row.to(tl.int64) * target_stride, mask=row < rows, other=0).to(tl.int64)
+        counted = (row < rows) & (t != ignore_index)
+        y = tl.where(counted & (t >= 0) & (t < K), t, 0)
+        w, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
+        acc += w * sample
+    tl.store(out_ptr + program, tl.sum(acc, 0))
+    if program == 0:
+        tl.store(counter_ptr, 0)
