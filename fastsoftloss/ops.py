@@ -89,11 +89,16 @@ def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> 
     return dlogits
 
 
+def is_plain(upstream: Tensor) -> bool:
+    """Not a batch of gradients, nor a fake: the backward knows what to do with those."""
+    functorch = torch._C._functorch
+    return type(upstream) is Tensor and not (functorch.is_functorch_wrapped_tensor(upstream) or functorch.is_legacy_batchedtensor(upstream))
+
+
 def rescale_on_host(dlogits: Tensor, upstream: Tensor, *_: Any) -> Tensor | None:
     """:attr:`Operators.rescale` where reading ``upstream`` costs nothing."""
-    functorch = torch._C._functorch
-    if type(upstream) is not Tensor or functorch.is_functorch_wrapped_tensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
-        return None  # a batch of gradients, or a fake: the backward knows what to do with them
+    if not is_plain(upstream):
+        return None
     if upstream.dim() == 0:
         factor = upstream.item()
         if factor == 1:
@@ -175,6 +180,11 @@ def define(
     torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
     torch.library.register_autograd(f"fastsoftloss::{name}_backward", backward_gradient, setup_context=save_backward, lib=_library)
     return Operators(forward, backward, rescale)
+
+
+def define_rescale(name: str) -> None:
+    """Define ``fastsoftloss::{name}_rescale``, a backend's own kernel behind :attr:`Operators.rescale`."""
+    _library.define(f"{name}_rescale(Tensor(a!) dlogits, Tensor upstream, Tensor moments, {_ARGUMENTS}) -> ()")  # type: ignore[no-untyped-call]
 
 
 def implement(name: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:

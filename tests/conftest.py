@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import cuda_mode
 import formula
 import numpy as np
 import pytest
@@ -16,6 +18,12 @@ from fastsoftloss import functional, reference
 
 # One line a backend, and the device that it is tested on.
 BACKENDS = {"cpu": "cpu", "reference": "cpu"}
+if os.environ.get("FASTSOFTLOSS_TEST_BACKEND") == "cuda":  # see test_cuda_suite.py
+    if torch.cuda.is_available():
+        BACKENDS = {"cuda": "cuda"}
+    else:
+        cuda_mode.simulator()
+        BACKENDS = {"cuda": "cpu"}
 
 DIVERSITIES = (None, *formula.PENALTIES)
 
