@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,13 +29,35 @@ except ImportError:
     from contextlib import nullcontext as side_by_side
 
 
+# Machine code for these, and PTX of the last for what comes after them.
+CUDA_ARCHITECTURES = os.environ.get("FASTSOFTLOSS_CUDA_ARCHITECTURES", "80 86 89 90 100 120").split()
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def cuda_home() -> Path | None:
+    """Where nvcc is, if there is one."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = Path(home) / "bin/nvcc" if home else Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    if not found.exists():
+        return None
+    # a wrapper script elsewhere on the path is no toolkit
+    return next((p for p in (found.resolve().parents[1], Path("/usr/local/cuda")) if (p / "include/cuda_runtime_api.h").exists()), None)
+
+
+def wants_cuda() -> bool:
+    """FASTSOFTLOSS_CUDA=1 builds under a torch without CUDA too, to see that it compiles and links; 0 never builds."""
+    import torch
+
+    return os.environ.get("FASTSOFTLOSS_CUDA", str(int(torch.version.cuda is not None))) == "1" and cuda_home() is not None
+
+
 def extensions() -> list[Extension]:
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
         print("fastsoftloss: torch is not there at build time, so the C++ kernels are left out (see the README)", file=sys.stderr)
         return []
-    return [
+    kernels = [
         Extension(
             "fastsoftloss._C",
             sources=["csrc/ops_cpu.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
@@ -44,6 +71,23 @@ def extensions() -> list[Extension]:
             optional=True,  # a failed build is a warning, and `python -m fastsoftloss` says why later
         )
     ]
+    if wants_cuda():
+        home = cuda_home()
+        kernels.append(
+            Extension(
+                "fastsoftloss._C_cuda",
+                sources=["csrc/ops_cuda.cpp"],  # the kernels are compiled by nvcc, below
+                depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cu", ".cuh")],
+                include_dirs=[*include_paths(), f"{home}/include"],
+                library_dirs=[*library_paths(), f"{home}/lib64"],
+                libraries=["torch", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
+                extra_compile_args=[*FLAGS, TARGET_TORCH, "-DUSE_CUDA"],
+                define_macros=[("Py_LIMITED_API", "0x030A0000")],
+                py_limited_api=True,
+                optional=True,
+            )
+        )
+    return kernels
 
 
 class BuildKernels(build_ext):
@@ -59,6 +103,41 @@ class BuildKernels(build_ext):
         self.compiler._compile = compile_with_flags
         with side_by_side():
             super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("_cuda"):
+            folder = Path(self.build_temp)
+            ext.extra_objects = [str(path) for path in compile_cuda(folder)]
+            if not any((Path(path) / "libtorch_cuda.so").exists() for path in ext.library_dirs):
+                ext.library_dirs.append(str(stub_torch_cuda(folder)))
+            ext.libraries.append("torch_cuda")
+        super().build_extension(ext)
+
+
+def compile_cuda(folder: Path) -> list[Path]:
+    """The kernels, a file a dtype; plain nvcc, since torch's CUDAExtension refuses under a torch without CUDA."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    targets.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        to = folder / f"{source.stem}_cuda.o"
+        newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
+        if not to.exists() or to.stat().st_mtime < newest:
+            subprocess.run([f"{cuda_home()}/bin/nvcc", *CUDA_FLAGS, *targets, "-c", str(source), "-o", str(to)], check=True)
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sorted(Path("csrc/cuda").glob("*.cu"))))
+
+
+def stub_torch_cuda(folder: Path) -> Path:
+    """A libtorch_cuda.so to link against where torch has none."""
+    source = folder / "stub.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 1; }\n")
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(folder / "libtorch_cuda.so")], check=True)
+    return folder
 
 
 setup(

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from fastsoftloss import ops, triton_plan
+from fastsoftloss import cuda_backend, ops, triton_plan
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 _DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the best first
+devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # by backend, all that it serves
 _override = os.environ.get("FASTSOFTLOSS_BACKEND") or None
 
 _ready: dict[str, ops.Operators] = {}
@@ -35,6 +36,26 @@ def _load_cpu() -> None:
         _detail["cpu"] = f", {kernels.instruction_set()}"
 
 
+_cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs)
+ops.define_rescale("cuda_cross_entropy")
+
+
+def enable_cuda() -> None:
+    """The operators' kernels are registered."""
+    _ready["cuda"] = _cuda
+    _missing.pop("cuda", None)
+
+
+def _load_cuda() -> None:
+    try:
+        importlib.import_module("fastsoftloss._C_cuda")
+    except ImportError as error:
+        remedy = "install the CUDA toolkit's nvcc, then `pip install --force-reinstall --no-deps --no-build-isolation .` in the source tree"
+        _missing["cuda"] = f"the CUDA kernels are not built ({error}); {remedy}, or use backend='triton'"
+    else:
+        enable_cuda()
+
+
 def _load_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         _missing["triton"] = "the package triton is not installed; `pip install 'triton>=3.5'`"
@@ -49,8 +70,8 @@ def _load_triton() -> None:
 
 
 _load_cpu()
+_load_cuda()
 _load_triton()
-_missing["cuda"] = "this version has no C++/CUDA kernels; use backend='triton'"
 
 # what is chosen where nobody asks for a backend, known beforehand
 _best = {} if _override else {device: _ready[names[0]] for device, names in _DEFAULTS.items() if names[0] in _ready}
@@ -72,7 +93,7 @@ def serves(name: str, device: torch.device) -> bool:
         if torch.compiler.is_compiling():  # asking would break the graph; the operator finds out when it runs
             return True
         return bool(importlib.import_module("fastsoftloss.triton_backend").runs_on_cpu())
-    return name == "reference" or device.type == ("cuda" if name == "triton" else name)
+    return name == "reference" or device.type in devices[name]
 
 
 def default(device: torch.device) -> str:

@@ -199,6 +199,11 @@ def define(
     return Operators(forward, backward, rescale, forms)
 
 
+def define_rescale(name: str) -> None:
+    """Define ``fastsoftloss::{name}_rescale``, a backend's own kernel behind :attr:`Operators.rescale`."""
+    _library.define(f"{name}_rescale(Tensor(a!) dlogits, Tensor upstream, Tensor moments, {_ARGUMENTS}) -> ()")  # type: ignore[no-untyped-call]
+
+
 def implement(name: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:
     """Register a kernel written in Python for ``fastsoftloss::{name}``."""
     for device in devices:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import cuda_mode
 import formula
 import numpy as np
 import pytest
@@ -19,6 +20,12 @@ from fastsoftloss import functional, reference
 BACKENDS = {"cpu": "cpu", "reference": "cpu"}
 if os.environ.get("TRITON_INTERPRET") == "1":  # the process that test_triton_interpret.py starts
     BACKENDS = {"triton": "cpu"}
+elif os.environ.get("FASTSOFTLOSS_TEST_BACKEND") == "cuda":  # see test_cuda_suite.py
+    if torch.cuda.is_available():
+        BACKENDS = {"cuda": "cuda"}
+    else:
+        cuda_mode.simulator()
+        BACKENDS = {"cuda": "cpu"}
 
 DIVERSITIES = (None, *formula.PENALTIES)
 

@@ -1,0 +1,151 @@
+// Rows the plain way: any stride, any value, a logit at a time. The other kernels come here with rows that hold a -inf, a
+// NaN, or a spread that their single look at the logits cannot do justice to.
+#pragma once
+
+#include "total.cuh"
+
+namespace fastsoftloss {
+namespace cuda {
+
+FSL_DEVICE float exp2_approx(float y) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
+  return e;
+}
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+FSL_DEVICE float quick_exp(float x) { return exp2_approx(x * kLog2e); }
+FSL_DEVICE double quick_exp(double x) { return ::exp(x); }
+
+// reduce: the complement's moments in classes [begin, end). weight_sum: of all these classes, the true and the masked too.
+template <Storage S, class T>
+FSL_DEVICE RowMoments<T> careful_reduce(const Group<T>& group, const char* logits, int64_t step, int begin, int end, int label,
+                                        const T* weight, T* weight_sum) {
+  const T infinity = Limits<T>::infinity();
+  T m = -infinity, look[3] = {0, 0, 0};  // classes, their logits, all weights
+  for (int k = begin + group.lane; k < end; k += group.size) {
+    const T z = Memory<S>::load(logits + k * step);
+    if (weight) look[2] += weight[k];
+    if (k == label) continue;
+    m = max(m, z);
+    if (z > -infinity) look[0] += T(1), look[1] += z;
+  }
+  group.sum(look);
+  if (weight) *weight_sum = look[2];
+  RowMoments<T> r;
+  r.n = look[0], r.m = group.largest(m);
+  const T at = r.m == -infinity ? T(0) : r.m;  // no class at all: -inf - -inf must not appear
+  const T shift = r.n > T(0) ? look[1] / r.n - at : T(0);
+  T sums[4] = {0, 0, 0, 0}, weighted[3] = {0, 0, 0};
+  for (int k = begin + group.lane; k < end; k += group.size) {
+    const T z = Memory<S>::load(logits + k * step);
+    if (k == label) continue;
+    const T x = z - at, low = max(x, T(-1000)), e = quick_exp(x);  // low: 0 * -inf must not appear
+    sums[0] += e, sums[1] += e * e, sums[2] += e * low;
+    if (!(z > -infinity)) continue;
+    const T d = x - shift;
+    sums[3] += d, weighted[0] += d * d;
+    if (weight) weighted[1] += weight[k], weighted[2] += weight[k] * x;
+  }
+  group.sum(sums);
+  group.sum(weighted);
+  const T off = sums[3] / max(r.n, T(1));  // corrected two-pass
+  r.s1 = sums[0], r.s2 = sums[1], r.sx = sums[2];
+  r.mean = r.n > T(0) ? shift + off : T(0);
+  r.m2 = max(weighted[0] - sums[3] * off, T(0));
+  r.sw = weighted[1], r.swx = weighted[2];
+  return r;
+}
+
+// spread: classes [begin, end) of the gradient, g being what finish gave times the scale.
+template <Storage S, class T>
+FSL_DEVICE void careful_spread(const Group<T>& group, const char* logits, int64_t step, char* gradient, int64_t gradient_step, int begin,
+                               int end, int label, T m, const RowGradient<T>& g, const T* weight) {
+  for (int k = begin + group.lane; k < end; k += group.size) {
+    const T z = Memory<S>::load(logits + k * step), x = z - m, e = quick_exp(x);
+    T dz = e * (g.a + g.b * e + g.t * max(x, T(-1000))) + (g.e0 + g.e1 * x);
+    if (z == -Limits<T>::infinity()) dz = g.masked;
+    if (weight) dz += g.ew * weight[k];
+    Memory<S>::store(gradient + k * gradient_step, k == label ? g.label : dz);
+  }
+}
+
+template <class T>
+FSL_DEVICE RowGradient<T> times(const RowGradient<T>& g, T scale) {
+  return {g.a * scale, g.b * scale, g.t * scale, g.e0 * scale, g.e1 * scale, g.ew * scale, g.masked * scale, g.label * scale};
+}
+
+template <class T>
+FSL_DEVICE RowLoss<T> finish_row(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments, T z_y, T weight_sum) {
+  LossOptions options = job.options;
+  options.class_weight_sum = weight_sum;
+  return finish(moments, z_y, row.class_weight, row.row_weight, T(1), options);
+}
+
+// What the backward of a row finds again: the gradient for an upstream gradient and a divisor of 1. Of b, t and e1 a loss
+// has one at most.
+template <class T>
+FSL_DEVICE void save(const Job<T>& job, int64_t r, T m, const RowGradient<T>& g, bool careful) {
+  T* to = job.saved + r;
+  to[0] = m, to[job.rows] = g.a, to[2 * job.rows] = g.b + g.t + g.e1, to[3 * job.rows] = g.e0, to[4 * job.rows] = g.label;
+  to[5 * job.rows] = careful ? T(1) : T(0);
+}
+
+template <Storage S, class T>
+FSL_DEVICE void fill_zero(const Group<T>& group, char* gradient, int64_t step, int begin, int end) {
+  for (int k = begin + group.lane; k < end; k += group.size) Memory<S>::store(gradient + k * step, T(0));
+}
+
+// A row that is ignored, or whose label is out of range: no gradient, and then a loss of NaN.
+template <Storage S, class T>
+FSL_DEVICE void row_without_label(const Job<T>& job, const Group<T>& group, int64_t r, const Row<T>& row, int64_t gradient_step,
+                                  bool gradient, Tally<T>& tally) {
+  if (group.lane == 0) {
+    RowLoss<T> out;
+    out.loss = out.cross_entropy = row.counts() ? T(Limits<T>::quiet_NaN()) : T(0), out.diversity = T(0);
+    tally.add(job, r, row, out);
+  }
+  if (gradient) fill_zero<S>(group, row.gradient, gradient_step, 0, job.classes);
+}
+
+// A row from its logits to its losses and its gradient, by a group. The gradient may be written over the logits.
+template <Storage S, class T>
+FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r, const Row<T>& row, int64_t step, int64_t gradient_step,
+                            T scale, bool gradient, Tally<T>& tally) {
+  const T* weight = job.options.label_smoothing != 0 ? job.class_weight : nullptr;
+  T weight_sum = T(job.classes);
+  const RowMoments<T> moments = careful_reduce<S>(group, row.logits, step, 0, job.classes, row.label, weight, &weight_sum);
+  const T z_y = Memory<S>::load(row.logits + row.label * step);
+  const RowLoss<T> out = finish_row(job, row, moments, z_y, weight_sum);
+  if (group.lane == 0) {
+    tally.add(job, r, row, out);
+    if (job.saved) save(job, r, moments.m, out.gradient, true);
+  }
+  if (!gradient) return;
+  if (group.size <= 32) __syncwarp(group.mask);  // all have read what is written over
+  careful_spread<S>(group, row.logits, step, row.gradient, gradient_step, 0, job.classes, row.label, moments.m,
+                    times(out.gradient, scale * row.upstream), weight);
+}
+
+// All rows so: float64, class weights under label smoothing, and class strides with more classes than tile.cuh holds.
+template <Storage S, class T>
+__global__ void __launch_bounds__(128, 1) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
+  if (settled(job)) return;
+  const Group<T> group(lanes, nullptr);
+  Tally<T> tally;
+  const T scale = mean_scale(job);
+  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
+    const Row<T> row = locate(job, r);
+    if (job.rescale && row.upstream == T(1)) continue;
+    if (row.label < 0) {
+      row_without_label<S>(job, group, r, row, job.gradient_step, job.gradient.data != nullptr, tally);
+    } else {
+      careful_row<S>(job, group, r, row, job.logits_step, job.gradient_step, scale, job.gradient.data != nullptr, tally);
+    }
+  }
+  tally.close(job);
+}
+
+}  // namespace cuda
+}  // namespace fastsoftloss

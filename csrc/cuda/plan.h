@@ -1,0 +1,117 @@
+// The launch plan: one pure function of the batch's shape, its layout and the device.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsoftloss {
+namespace cuda {
+
+enum class Kernel : int {
+  tile_staged,   // few classes, rows one behind the other: through shared memory
+  tile_direct,   // few classes, any strides
+  resident,      // a row in the registers of a group of threads
+  stream,        // a row in passes, by several blocks where there are few rows
+  careful_rows,  // everything else
+};
+
+struct Batch {
+  int64_t rows, classes;
+  int bytes;          // of a logit
+  bool contiguous;    // class stride 1
+  bool packed;        // and each row where the one before it ends, the first at a multiple of 16 bytes, the gradient's too
+  bool side_by_side;  // neighbouring rows are neighbours in memory
+  bool weighted;      // class weights under label smoothing
+};
+
+struct Plan {
+  Kernel kernel;
+  int lanes;       // threads a row
+  int threads;     // of a block
+  int tile_rows;   // of a tile, where there are tiles
+  int splits;      // parts of a row
+  int64_t blocks;  // of the kernel that reads the logits
+  int64_t spread_blocks, merge_blocks;
+  int spread_splits;
+  int shared;  // bytes of shared memory a block
+};
+
+constexpr int64_t kTileClasses = 512;     // up to here a row has few threads, and need not be aligned
+constexpr int64_t kFusedClasses = 16384;  // up to here the forward writes the gradient too
+constexpr int64_t kKeptClasses = 1024;    // from here the forward keeps six floats a row for the backward
+constexpr int kMostShares = 256;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int power_of_two(int64_t n, int least, int most) {
+  int p = least;
+  while (p < n && p < most) p *= 2;
+  return p;
+}
+
+// Both are properties of the shape alone, so that a fake tensor knows them.
+inline bool fused(int64_t classes) { return classes <= kFusedClasses; }
+inline int64_t kept(int64_t rows, int64_t classes, bool mean, int floats) { return classes > kKeptClasses ? 1 + floats * rows : mean; }
+
+inline Plan plan(const Batch& b, int multiprocessors) {
+  const int64_t wave = 16 * int64_t(multiprocessors);  // blocks; more than fit at once, so that none waits for the last
+  Plan p{};
+  p.splits = p.spread_splits = 1;
+  p.threads = 128;
+  const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2;
+  if (quick && b.packed && b.classes <= kTileClasses) {
+    p.kernel = Kernel::tile_staged;
+    p.lanes = power_of_two(divide_up(b.classes, 32), 1, 16);
+    const int rows_at_once = p.threads / p.lanes;
+    // some 8 KB, so that a multiprocessor's blocks together wait for enough of the memory
+    p.tile_rows = rows_at_once * int(at_least(1, at_most(8192 / (rows_at_once * b.classes * b.bytes), 8)));
+    p.shared = int(p.tile_rows * b.classes * b.bytes + 15) / 16 * 16;
+    p.blocks = at_most(divide_up(b.rows, p.tile_rows), wave);
+  } else if (quick && (b.classes <= 32 || (b.contiguous && b.classes <= kTileClasses))) {
+    p.kernel = Kernel::tile_direct;
+    p.lanes = b.contiguous ? power_of_two(divide_up(b.classes, 32), 4, 16) : 1;
+    p.tile_rows = p.threads / p.lanes;
+    p.blocks = at_most(divide_up(b.rows, p.tile_rows), wave);
+  } else if (quick && b.contiguous && b.classes <= kFusedClasses) {
+    p.kernel = Kernel::resident;
+    p.lanes = power_of_two(divide_up(b.classes, 64), 16, 256);
+    p.threads = p.lanes > 32 ? p.lanes : 128;
+    p.blocks = at_most(divide_up(b.rows, p.threads / p.lanes), wave);
+    p.spread_blocks = p.blocks;
+  } else if (quick && b.contiguous) {
+    p.kernel = Kernel::stream;
+    p.lanes = p.threads = 256;
+    const int64_t turn = 256 * 64;  // classes that a block takes at a time
+    p.splits = int(at_least(1, at_most(divide_up(b.classes, turn), divide_up(wave / 2, at_least(b.rows, 1)))));
+    p.spread_splits = p.splits;
+    p.blocks = p.spread_blocks = at_most(b.rows * p.splits, wave);
+    p.merge_blocks = at_most(divide_up(b.rows, 8), multiprocessors);
+  } else {
+    p.kernel = Kernel::careful_rows;
+    p.lanes = b.contiguous || !b.side_by_side ? power_of_two(divide_up(b.classes, 8), 1, 32) : 1;
+    p.blocks = at_most(divide_up(b.rows, p.threads / p.lanes), wave);
+  }
+  return p;
+}
+
+// Blocks that sum the mean's divisor before a kernel that writes gradients.
+inline int share_count(int64_t rows) { return int(at_least(1, at_most(divide_up(rows, 4096), kMostShares))); }
+
+// Numbers of scratch memory: what blocks add up to, the mean's shares, a long row's parts, and a counter.
+struct Scratch {
+  int64_t partial, shares, moments, counter, size;
+};
+
+inline Scratch scratch(const Plan& p, int64_t rows, int moments_of_a_part) {
+  const int64_t totals = p.kernel == Kernel::stream ? p.merge_blocks : p.blocks;
+  Scratch s;
+  s.partial = 0;
+  s.shares = 4 * totals;
+  s.moments = s.shares + kMostShares;
+  s.counter = s.moments + (p.kernel == Kernel::stream ? rows * p.splits * moments_of_a_part : 0);
+  s.size = s.counter + 1;
+  return s;
+}
+
+}  // namespace cuda
+}  // namespace fastsoftloss

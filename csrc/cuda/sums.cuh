@@ -1,0 +1,105 @@
+// The moments of a row in one look at each logit: y = (z - ref) log2(e) is one fma, exp is one special function of it.
+//
+// ref is some logit of the complement or a mean of a few, not the maximum: nothing has to be known of a row before it is
+// summed. Where that was a bad guess (a sum overflowed, the variance is a small difference of large sums, or a class is
+// masked), sound() says so and the row goes the careful way.
+#pragma once
+
+#include "careful.cuh"
+
+namespace fastsoftloss {
+namespace cuda {
+
+// ref log2(e) is rounded to `scaled`; what that lost is the same for every class of a row, so it is put back at the end.
+struct Reference {
+  float ref, scaled, lost;
+
+  FSL_DEVICE explicit Reference(float ref) : ref(ref), scaled(ref * kLog2e), lost(fmaf(ref, kLog2e, -scaled)) {}
+  FSL_DEVICE float y(float z) const { return fmaf(z, kLog2e, -scaled); }
+};
+
+// Which moments a kernel is compiled for; class weights under label smoothing always go the careful way.
+constexpr unsigned kQuickNeeds[] = {kBase, kLogits, kSquares | kEntropy, kLogits | kSquares | kEntropy};
+
+template <unsigned Needs>
+struct Sums {
+  static constexpr int kCount = 1 + (Needs & kLogits ? 2 : 0) + (Needs & kSquares ? 2 : 0);
+  float s1 = 0, sy = 0, syy = 0, s2 = 0, sey = 0;
+
+  FSL_DEVICE void add(float y, float e) {
+    s1 += e;
+    if (Needs & kLogits) sy += y, syy = fmaf(y, y, syy);
+    if (Needs & kSquares) s2 = fmaf(e, e, s2), sey = fmaf(e, y, sey);
+  }
+  FSL_DEVICE void remove(float y, float e) {
+    s1 -= e;
+    if (Needs & kLogits) sy -= y, syy = fmaf(-y, y, syy);
+    if (Needs & kSquares) s2 = fmaf(-e, e, s2), sey = fmaf(-e, y, sey);
+  }
+  FSL_DEVICE void join(const Group<float>& group) {
+    float v[3] = {s1, sy, syy}, w[2] = {s2, sey};
+    if (Needs & kLogits) {
+      group.sum(v);
+    } else {
+      float only[1] = {s1};
+      group.sum(only);
+      v[0] = only[0];
+    }
+    if (Needs & kSquares) group.sum(w);
+    s1 = v[0], sy = v[1], syy = v[2], s2 = w[0], sey = w[1];
+  }
+  // n: classes summed.
+  FSL_DEVICE bool sound(float n) const {
+    bool good = s1 > 1e-15f && s1 < (Needs & kSquares ? 1e15f : 1e30f);  // finish squares 1 / s1 for s2
+    if (Needs & kLogits) good = good && syy < 1e30f && syy <= 8 * (syy - sy * (sy / n));
+    if (Needs & kSquares) good = good && sey - sey == 0;
+    return good;
+  }
+  FSL_DEVICE RowMoments<float> moments(float n, const Reference& at) const {
+    // in terms of x = z - ref
+    RowMoments<float> r;
+    const float f = exp2_approx(-at.lost);
+    r.n = n, r.m = at.ref, r.s1 = s1 * f;
+    if (Needs & kLogits) {
+      const float mean = sy / n;
+      r.mean = (mean - at.lost) * kLn2, r.m2 = (syy - sy * mean) * (kLn2 * kLn2);
+    }
+    if (Needs & kSquares) r.s2 = s2 * f * f, r.sx = (sey - at.lost * s1) * f * kLn2;
+    return r;
+  }
+};
+
+// Moments moved to a reference at which s1 is about 1, so that finish neither over- nor underflows: by how much, and what
+// that does to an exponential. A row that is all but flat stays where it is, for its mean would be rounded.
+struct Move {
+  float shift, factor;
+
+  FSL_DEVICE explicit Move(RowMoments<float>& r) {
+    const float m = r.s1 > 2 * r.n ? r.m + __log2f(r.s1) * kLn2 : r.m;  // any m is right that is known exactly
+    shift = m - r.m, factor = quick_exp(-shift);
+    r.m = m;
+    r.sx = (r.sx - shift * r.s1) * factor;
+    r.s1 *= factor, r.s2 *= factor * factor, r.mean -= shift;
+  }
+};
+
+// The gradient of finish, which is in terms of a moved reference, in terms of y and its exponential.
+template <unsigned Needs>
+struct Slope {
+  float a, b, t, e0, e1;
+  bool exact;  // a has not underflowed, so that a product with a large exponential is right
+
+  FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at, float shift, float factor) {
+    const float f = exp2_approx(-at.lost) * factor, x0 = at.lost * kLn2 + shift;  // x = y ln 2 - x0
+    t = g.t * f * kLn2, a = (g.a - g.t * x0) * f, b = g.b * f * f;
+    e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * x0;
+    exact = fabsf(a) > 1e-36f || g.a == 0.f;
+  }
+  FSL_DEVICE float operator()(float y, float e) const {
+    const float factor = Needs & kSquares ? fmaf(t, y, fmaf(b, e, a)) : a;
+    return Needs & kLogits ? fmaf(e, factor, fmaf(e1, y, e0)) : e * factor;
+  }
+};
+
+}  // namespace cuda
+}  // namespace fastsoftloss

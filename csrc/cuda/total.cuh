@@ -1,0 +1,116 @@
+// From row losses to the reduced loss: every block adds its rows up in one order, and one block adds up the blocks. No
+// atomics on floats, so every run gives the same bits.
+#pragma once
+
+#include "group.cuh"
+
+namespace fastsoftloss {
+namespace cuda {
+
+template <class T>
+FSL_DEVICE T block_sum(T v) {
+  __shared__ T warps[32];
+  for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = T(0);
+  for (int w = 0; w < (blockDim.x + 31) / 32; ++w) v += warps[w];
+  return v;
+}
+
+// The terms of `partial` and what the mean divides them by, by all threads of one block.
+template <class T>
+FSL_DEVICE void write_total(const Job<T>& job, int blocks) {
+  T sums[4] = {0, 0, 0, 0};  // loss, weight, cross-entropy, diversity
+  for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (j < 2 || job.parts) sums[j] += __ldcg(job.partial + int64_t(j) * blocks + i);
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (j < 2 || job.parts) sums[j] = block_sum(sums[j]);
+  if (threadIdx.x != 0) return;
+  const T divisor = job.mean ? sums[1] : T(1);
+  *job.loss = sums[0] / divisor;
+  if (job.parts) job.loss_parts[0] = sums[2] / divisor, job.loss_parts[1] = sums[3] / divisor;
+  if (job.divisor) *job.divisor = divisor;
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job, int blocks) {
+  write_total(job, blocks);
+}
+
+// What the mean divides by, where it has to be known before the first gradient is written: its terms.
+template <class T>
+__global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares) {
+  T sum = 0;
+  for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
+    const Row<T> row = locate(job, r);
+    if (row.counts()) sum += row.class_weight * row.row_weight;
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  shares[blockIdx.x] = sum;
+  if (blockIdx.x == 0) *job.counter = 0;
+}
+
+// What a thread's rows add up to.
+template <class T>
+struct Tally {
+  T loss = 0, weight = 0, cross_entropy = 0, diversity = 0;
+
+  // By one thread of those that share row r.
+  FSL_DEVICE void add(const Job<T>& job, int64_t r, const Row<T>& row, const RowLoss<T>& out) {
+    if (job.row_loss) {
+      job.row_loss[r] = out.loss;
+      if (job.parts) job.row_parts[r] = out.cross_entropy, job.row_parts[job.rows + r] = out.diversity;
+    } else if (job.partial) {
+      loss += out.loss, cross_entropy += out.cross_entropy, diversity += out.diversity;
+      if (row.counts()) weight += row.class_weight * row.row_weight;
+    }
+  }
+  // By all threads of the block, once; the last block to come here writes the total if it is to.
+  FSL_DEVICE void close(const Job<T>& job) const {
+    if (!job.partial) return;
+    const T sums[4] = {block_sum(loss), block_sum(weight), job.parts ? block_sum(cross_entropy) : T(0),
+                       job.parts ? block_sum(diversity) : T(0)};
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < 2 || job.parts) job.partial[int64_t(j) * gridDim.x + blockIdx.x] = sums[j];
+      if (job.counter) {
+        __threadfence();  // the sums, before this block is counted
+        last = atomicAdd(job.counter, 1) == gridDim.x - 1;
+        __threadfence();
+      }
+    }
+    if (!job.counter) return;
+    __syncthreads();
+    if (last) write_total(job, gridDim.x);
+  }
+};
+
+// Whether the gradient that the forward wrote stands as it is: the question is asked here, so that no host waits for it.
+template <class T>
+FSL_DEVICE bool settled(const Job<T>& job) {
+  return job.rescale && job.one_upstream && *reinterpret_cast<const T*>(job.upstream.data) == T(1);
+}
+
+// What the gradient is multiplied by, the row's own upstream gradient aside: by all threads of a block, at its start.
+template <class T>
+FSL_DEVICE T mean_scale(const Job<T>& job) {
+  if (!job.mean) return T(1);
+  if (job.shares) {
+    T sum = 0;
+    for (int i = threadIdx.x; i < job.share_count; i += blockDim.x) sum += job.shares[i];
+    return T(1) / block_sum(sum);
+  }
+  return job.upstream.data ? T(1) / *job.divisor : T(1);  // a forward without gradient divides at the end
+}
+
+}  // namespace cuda
+}  // namespace fastsoftloss

@@ -1,0 +1,34 @@
+"""The suite once more with BACKENDS = {"cuda": ...}: on a GPU where there is one, else over the CPU's memory with every launch
+executed in ptxsim (tests/cuda_mode.py; evidence: simulated). A process of its own, so that the backends do not meet.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+# On a simulator the long rows at every margin take an hour; what is left still meets every kernel.
+SIMULATED = "(cuda or other_backends or cuda_) and not 32769 and not 40000 and not 50000 and not million"
+
+
+def test_the_suite_on_this_backend() -> None:
+    if os.environ.get("FASTSOFTLOSS_TEST_BACKEND"):
+        pytest.skip("this is that process")
+    import cuda_mode
+
+    if not torch.cuda.is_available():
+        cuda_mode.simulator_folder()
+        cuda_mode.built()
+    names = ("test_exactness", "test_kernel", "test_bad_input", "test_autograd")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "cuda" if torch.cuda.is_available() else SIMULATED]
+    environment = os.environ | {"FASTSOFTLOSS_TEST_BACKEND": "cuda", "FASTSOFTLOSS_CHECK": "1"}
+    files = [str(HERE / f"{name}.py") for name in names]
+    done = subprocess.run([*command, *files], check=False, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
