@@ -233,7 +233,7 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not chosen.resident:
             _long_forward(call, rows, chosen, moments, pointers)
             return result
-        if chosen.access == ROWS and moments_size > 1:
+        if chosen.keeps and moments_size > 1:
             pointers["saved_ptr"] = moments[1:]
         if reduction == _NONE:
             _resident(call, rows, chosen, dz, _NOTHING_ABOVE, **pointers)
@@ -281,7 +281,7 @@ def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequen
     chosen = rows.plan(call.logits, gradient=True)
     divisor = moments if call.reduction == _MEAN else None
     with _on(dlogits.device):
-        if chosen.resident and (chosen.access != ROWS or moments.numel() <= 1):
+        if not chosen.keeps or moments.numel() <= 1:
             _resident(call, rows, chosen, dlogits, _above(upstream), rescale, divisor_ptr=divisor)
             return dlogits
         chosen = rows.plan(call.logits, gradient=True, kept=True)

@@ -43,6 +43,11 @@ class Plan(NamedTuple):
     programs: int
     splits: int
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the forward keeps row gradients for the backward; edges would be fetched by too many accesses of their own."""
+        return not self.resident or (self.access == ROWS and self.start > 1)
+
 
 def fits(classes: int, itemsize: int) -> bool:
     """Whether one program holds a row of this many classes; a property of the dtype alone, so that shapes decide it."""
@@ -93,11 +98,10 @@ def plan(
     resident = fits(classes, itemsize)
     # places of a row in its memory sectors: those of its edges left out, those of the row before taken in
     places = classes // align * align if start == 1 else classes + (vector if start < align else 0)
-    least = align if start == 1 and align > 8 else 8  # lanes; an edge is one access
     if kept or not resident:
         if not by_vector:
             vector, align, start, places = 1, 0, 0, classes
-        lanes = min(128, max(least, _pow2(-(-classes // 128)))) if kept and by_vector else 128
+        lanes = min(128, max(8, _pow2(-(-classes // 128)))) if kept and by_vector else 128
         r = max(1, 32 // lanes) if kept else 1
         chunks = max(1, -(-places // (lanes * vector)))
         wanted = (8 if kept else 4) * multiprocessors
@@ -117,7 +121,7 @@ def plan(
         access = ROWS
         each = (64 if gradient else 128) if itemsize < 8 else (16 if gradient else 32)  # more elements a thread would spill
         vector = 8 if itemsize < 8 else vector
-        b = max(least, _pow2(-(-classes // each)))
+        b = max(8, _pow2(-(-classes // each)))
         warps, r = max(1, b // 32), max(1, 32 // b)
         a = -(-places // (b * vector))
     else:

@@ -32,7 +32,7 @@ def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_str
             assert p.a * p.b >= classes and p.programs >= 1
             assert p.a * p.r * p.b * itemsize <= 32 * p.warps * 512 * max(1, itemsize // 4), "elements a thread"
             assert p.access != FLAT or (p.run >= p.r * classes and p.r * classes * itemsize % 16 == 0)
-        if p.access == ROWS and classes > 256:
+        if p.keeps and classes > 256:
             assert_shared(plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, True, True), rows, classes)
 
 
