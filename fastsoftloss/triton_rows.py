@@ -68,7 +68,8 @@ def _window(z_row, K, START: tl.constexpr, ALIGN: tl.constexpr):
     """
     if START == 0 or START >= ALIGN:
         begin = (z_row * 0).to(tl.int32)
-        return z_row, begin, begin, begin + (K // (ALIGN // 2) * (ALIGN // 2) if START > 0 else K)
+        low = z_row if START == 0 else z_row // ALIGN * ALIGN  # says to the compiler what is so
+        return low, begin, begin, begin + (K // (ALIGN // 2) * (ALIGN // 2) if START > 0 else K)
     elif START * 2 >= ALIGN:
         low = z_row // ALIGN * ALIGN
         begin = ((z_row - low) // START * START).to(tl.int32)
