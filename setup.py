@@ -61,7 +61,7 @@ def extensions() -> list[Extension]:
         Extension(
             "fastsoftloss._C",
             sources=["csrc/ops_cpu.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
+            depends=[str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h")],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],

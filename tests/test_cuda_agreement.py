@@ -1,0 +1,159 @@
+"""The CUDA kernels agree with the definition in float64, through the host code that a GPU would get.
+
+Evidence: simulated (PTX executed in ptxsim); every launch is checked for races and for accesses out of bounds. On a GPU,
+test_cuda_suite.py is the test.
+"""
+
+from __future__ import annotations
+
+import cuda_mode
+import pytest
+import torch
+from agreement import DIVERSITIES, agree
+from torch import Tensor
+
+from fastsoftloss import functional, ops
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# staged tiles of 1, 2, .. 16 threads a row up to 512, rows held by half a warp, a warp, warps from there, passes from 16385 on
+CLASSES = (1, 2, 3, 10, 17, 31, 32, 33, 100, 1000, 1001, 1003, 4096, 16384, 32000, 50257, 128256, 262144)
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "diversity_weight": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def _simulator() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    cuda_mode.simulator()
+
+
+def batch(rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * classes + rows + seed)
+    logits = (3 * torch.randn(rows, classes, generator=generator, dtype=F64)).to(dtype)
+    return logits, torch.randint(classes, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_classes_dtypes_and_penalties(classes: int) -> None:
+    """Each class count with every dtype and, over the counts, every penalty with every dtype."""
+    for i, dtype in enumerate((F32, BF16, F16, F64)):
+        if classes > 20000 and i != classes % 3 and not (dtype is BF16 and classes == 50257):
+            continue
+        logits, target = batch(37 if classes <= 100 else 3, classes, dtype)
+        target[1] = -100
+        agree("cuda", logits, target, diversity=DIVERSITIES[1 + (CLASSES.index(classes) + i) % 5])
+
+
+@pytest.mark.parametrize("diversity", DIVERSITIES)
+@pytest.mark.parametrize(("classes", "dtype"), [(10, BF16), (300, F16), (1003, F32), (20000, BF16)])
+def test_every_penalty_with_every_option(classes: int, dtype: torch.dtype, diversity: str | None) -> None:
+    logits, target = batch(3, classes, dtype)
+    target[1] = -100
+    options = dict(diversity=diversity, upstream=2.0, sample_weight=torch.rand(3) + 0.5)
+    agree("cuda", logits, target, **options, **EVERYTHING)
+    agree("cuda", logits, target, torch.rand(classes) + 0.5, **options, **EVERYTHING | {"label_smoothing": 0.0})
+    if classes < 1000:
+        agree("cuda", logits, target, torch.rand(classes) + 0.5, **options, **EVERYTHING)
+
+
+def test_rows_of_any_alignment() -> None:
+    for classes, start in ((1003, 0), (1000, 1), (600, 3), (20000, 7), (40, 1)):
+        logits, target = batch(1, 4 * classes + start, BF16)[0].reshape(-1)[start:].view(4, classes), torch.tensor([0, 1, classes - 1, 7])
+        agree("cuda", logits, target, reduction="none")
+    wide, target = batch(4, 1105, F32)
+    agree("cuda", wide[:, 3:1104], target.clamp(max=1100))
+
+
+@pytest.mark.parametrize("classes", [5, 150, 700])
+def test_strides(classes: int) -> None:
+    image = torch.randn(2, classes, 3, 5)
+    for logits in (image, image.contiguous(memory_format=torch.channels_last), image[:, :, 1:, 1:4], torch.randn(classes, 6).t()):
+        rows = logits.shape[:1] + logits.shape[2:]
+        agree("cuda", logits, torch.randint(classes, rows, dtype=torch.int32), sample_weight=torch.rand(*rows, 2)[..., 0], reduction="none")
+
+
+def test_five_row_dimensions_that_cannot_be_joined() -> None:
+    logits = torch.randn(3, 6, 3, 3, 3, 3)[1:, :, 1:, 1:, 1:, 1:]
+    agree("cuda", logits, torch.randint(6, (2, 2, 2, 2, 2)))
+
+
+@pytest.mark.parametrize("classes", [6, 700, 20000, 100_000])
+def test_masked_and_extreme_logits(classes: int) -> None:
+    logits, target = batch(6, classes, F32)
+    target[:] = 2
+    logits[0, 3:] = -torch.inf
+    logits[1, :2] = logits[1, 3:] = -torch.inf  # the true class alone
+    logits[2, 4:] = 200.0
+    logits[3, 1] = torch.nan
+    logits[4, 0] = torch.inf
+    if classes == 100_000:
+        logits[5, :2] = logits[5, 3 : 3 + 98_000] = -torch.inf
+    for diversity in ("logit_variance", "kl") if classes < 10_000 else ("logit_variance",):
+        agree("cuda", logits, target, reduction="none", diversity=diversity)
+
+
+@pytest.mark.parametrize("classes", [10, 1003, 20000])
+def test_margins_and_offsets(classes: int) -> None:
+    margins = torch.tensor([-80.0, -40.0, -5.0, 0.0, 20.0, 80.0])
+    for offset in (0.0, 1e4):
+        logits, target = batch(len(margins), classes, F32)
+        at = torch.arange(len(margins))
+        complement = logits.double().scatter(1, target[:, None], -torch.inf).logsumexp(1)
+        logits[at, target] = (complement - margins).float()
+        agree("cuda", logits + offset, target, diversity_weight=1e-3, reduction="none")
+
+
+@pytest.mark.parametrize("classes", [10, 1003, 4096, 20000])
+def test_noise_in_approximate_instructions(classes: int) -> None:
+    sim = cuda_mode.simulator()
+    # each lane has its own noise, so copies of one value differ, which is no race on a device
+    sim.options |= {"approx_noise": 1.0, "racecheck": False}
+    try:
+        agree("cuda", *batch(4, classes, F32))
+    finally:
+        sim.options |= {"approx_noise": 0.0, "racecheck": True}
+
+
+@pytest.mark.parametrize("classes", [6, 700, 20000])
+def test_label_out_of_range_is_nan_with_no_gradient(classes: int) -> None:
+    operators = functional.backends.choose("cuda", torch.device("cpu"))
+    assert operators is not None
+    logits, target = batch(4, classes, F32)
+    target[0], target[1], target[2] = classes, -7, 2**40
+    arguments = (logits, target, None, None, -100, ops.REDUCTIONS.index("none"), 0.0, 1, 1.0, 0.0)
+    loss, _, dlogits, moments = operators.forward(*arguments, False, True)
+    assert loss[:3].isnan().all() and loss[3].isfinite()
+    gradient = operators.backward(torch.ones(4), moments, *arguments)
+    for g in (gradient, dlogits) if dlogits.numel() else (gradient,):
+        assert (g[:3] == 0).all() and (g[3] != 0).any()
+
+
+@pytest.mark.parametrize("classes", [10, 700, 4096, 20000])
+def test_the_same_bits_again_and_few_launches(classes: int) -> None:
+    sim = cuda_mode.simulator()
+    logits, target = batch(9, classes, F32)
+
+    def run() -> tuple[Tensor, Tensor]:
+        z = logits.clone().requires_grad_()
+        sim.launches.clear()
+        loss = functional.cross_entropy(z, target, backend="cuda")
+        assert len(sim.launches) <= 2
+        sim.launches.clear()
+        loss.backward(torch.tensor(0.3))
+        assert len(sim.launches) == 1
+        return loss.detach(), z.grad
+
+    (a, da), (b, db) = run(), run()
+    assert torch.equal(a, b) and torch.equal(da, db)
+
+
+@pytest.mark.parametrize("classes", [10, 700, 4096])
+def test_rescale_decides_on_the_device(classes: int) -> None:
+    operators = functional.backends.choose("cuda", torch.device("cpu"))
+    assert operators is not None
+    arguments = (*batch(5, classes, F32), None, None, -100, 1, 0.0, 1, 1.0, 0.0)
+    _, _, dlogits, moments = operators.forward(*arguments, False, True)
+    marked = torch.full_like(dlogits, 7)
+    assert operators.rescale(marked, torch.tensor(1.0), moments, *arguments) is marked and (marked == 7).all()
+    operators.rescale(marked, torch.tensor(2.0), moments, *arguments)
+    torch.testing.assert_close(marked, 2 * dlogits, rtol=1e-5, atol=1e-9)
