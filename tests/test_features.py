@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastsoftloss import backends
 from fastsoftloss.functional import cross_entropy
 
 README = Path(__file__).parents[1] / "README.md"
@@ -160,6 +161,17 @@ def table() -> dict[str, dict[str, str]]:
 
 def test_the_table_has_these_rows_and_no_others():
     assert list(table()) == list(FEATURES)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_the_forms_of_a_target_are_those_the_backend_names(name):
+    """Of a backend that cannot run here too."""
+    operators = {"cuda": backends._cuda}.get(name) or backends._ready.get(name)
+    if operators is None:
+        pytest.skip(f"{name} is not built")
+    for form, words in {"index": "class indices", "mixture": "`(y_a, y_b, mix)`", "probabilities": "class probabilities"}.items():
+        for way in ("forward", "backward"):
+            assert table()[f"{words}, {way}"][name] == ("kernel" if form in operators.forms else "plain")
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])

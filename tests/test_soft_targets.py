@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import DIVERSITIES
 from torch import Tensor
 
-from fastsoftloss import functional
+from fastsoftloss import backends, functional, reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 INF, NAN = float("inf"), float("nan")
@@ -291,6 +291,68 @@ def test_reductions_and_parts(backend, form, reduction):
         expected = {"none": values, "sum": values.sum(), "mean": values.sum() / sample_weight.sum()}[reduction]
         torch.testing.assert_close(part, expected)
     torch.testing.assert_close(got.loss, got.cross_entropy + 0.3 * got.diversity)
+
+
+@pytest.mark.parametrize("form", ["mixture", "probabilities"])
+@pytest.mark.parametrize(("dtype", "strided", "reduction"), [(F32, True, 0), (F64, False, 1), (BF16, False, 2)])
+def test_the_operators_pass_opcheck(form, dtype, strided, reduction):
+    operators = backends.choose("cpu", torch.device("cpu"))
+    accumulated = reference.accumulation_dtype(dtype)
+    logits, sample_weight = torch.randn(5, 6).to(dtype), torch.rand(5, dtype=accumulated)
+    target: Any = probabilities(5, 6, accumulated)
+    if form == "mixture":
+        target, sample_weight = reference.pack_mixture(mixture(5, 6, accumulated), sample_weight, accumulated)
+    if strided:
+        logits, target = logits.t().contiguous().t(), target.t().contiguous().t()
+    inputs = (logits.requires_grad_(), target, torch.rand(6, dtype=accumulated), sample_weight, -100, reduction, 0.1, 2, 1.0, 0.01)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]  # test_compile.py traces them
+    torch.library.opcheck(operators.forward, (*inputs, True, True), test_utils=checks)
+    upstream = torch.rand(5 if reduction == 0 else (), dtype=accumulated).requires_grad_()
+    torch.library.opcheck(operators.backward, (upstream, torch.empty(0, dtype=accumulated), *inputs), test_utils=checks)
+
+
+@pytest.mark.parametrize("form", ["mixture", "probabilities"])
+@pytest.mark.parametrize(("rows", "classes"), [(4000, 10), (200, 1000), (2, 40000)])
+def test_the_bits_are_the_same_for_every_number_of_threads(form, rows, classes):
+    logits = torch.randn(rows, classes)
+    target = mixture(rows, classes, F32) if form == "mixture" else torch.randn(rows, classes).softmax(1)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        z = logits.clone().requires_grad_()
+        loss = functional.cross_entropy(z, target, diversity="kl", backend="cpu")
+        results.append((loss.detach(), *torch.autograd.grad(loss, z)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(target=torch.rand(3, 4)),
+        dict(target=torch.rand(5, 3)),
+        dict(target=torch.rand(3)),
+        dict(target=torch.rand(3, 5).double()),
+        dict(target=torch.rand(3, 5) > 0.5),
+        dict(target=torch.zeros(3, 3).long(), sample_weight=torch.ones(3, 3)),
+        dict(target=torch.zeros(2, 4).long(), sample_weight=torch.ones(2, 4)),
+        dict(target=torch.zeros(2, 3).long(), sample_weight=torch.ones(3)),
+        dict(target=torch.full((2, 3), 5), sample_weight=torch.ones(2, 3)),
+        dict(target=torch.tensor([[0, 1, 2], [0, -1, 2]]), sample_weight=torch.ones(2, 3)),
+        dict(target=torch.rand(3, 5), sample_weight=torch.ones(2, 3)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_operators_raise_and_never_crash(changes):
+    operators = backends.choose("cpu", torch.device("cpu"))
+    arguments = dict(
+        logits=LOGITS, target=Y, weight=None, sample_weight=None, ignore_index=-100, reduction=0,
+        label_smoothing=0.0, diversity=1, diversity_weight=1.0, z_loss=0.0,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError):
+        operators.forward(**arguments | changes, parts=True, gradient=True)
+    with pytest.raises(RuntimeError):
+        operators.backward(upstream=torch.ones(3), moments=torch.empty(0), **arguments | changes)
 
 
 Y = torch.tensor([0, 1, 2])
