@@ -11,7 +11,9 @@ not. The logits come from a ring of tensors that together exceed the last cache,
 before it in cache, a large one does not. ``limit`` is the share of the copy's bandwidth, measured in the same rounds on the same
 tensors, at which the bytes that must move went by: logits and targets read once, the gradient written once.
 ``floor`` is an autograd Function that computes nothing, called and differentiated in the same way: no loss written in Python can
-be faster. Memory is the most that one forward and backward allocate beyond their inputs, over the bytes of the logits.
+be faster. ``!`` marks a case during which other processes took a core more than 20 times a second: with two threads such figures
+are worth nothing, since one waits for the other. Memory is the most that one forward and backward allocate beyond their inputs,
+over the bytes of the logits.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import math
 import os
 import platform
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -71,6 +74,11 @@ def last_cache(device: torch.device) -> int:
         return int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().removesuffix("K")) << 10
     except (OSError, ValueError):
         return 32 << 20
+
+
+def _switches() -> int:
+    """How often other processes took a core from this one."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class _Clock:
@@ -165,7 +173,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, na
     samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in peers}
     copies: list[float] = []
     order = list(peers)
-    begin, rounds = time.perf_counter(), 0
+    begin, rounds, switched = time.perf_counter(), 0, _switches()
     while (spent := time.perf_counter() - begin) < seconds or (rounds < 3 and spent < PATIENCE):
         for name in random.sample(order, len(order)):
             # the first call is not counted: what ran before has left its own data in the caches, and its memory to the system
@@ -176,6 +184,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, na
         copies += [copy() for _ in range(1 + CALLS)][1:]
         rounds += 1
 
+    switched = (_switches() - switched) / (time.perf_counter() - begin)
+
     def quartiles(values: list[float]) -> Quartiles:
         return [float(f"{v:.4g}") for v in np.percentile(values, [25, 50, 75])]
 
@@ -185,6 +195,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, na
         "threads": torch.get_num_threads(),
         "logits_bytes": bytes_,
         "target_bytes": target.numel() * target.element_size(),
+        "switches": float(f"{switched:.3g}"),
         "copy": quartiles(copies),
         "contenders": {
             name: {"peak_bytes": peaks[name], "calls": len(samples[name]["both"])} | {p: quartiles(samples[name][p]) for p in PHASES}
@@ -204,6 +215,10 @@ def limit(case: dict[str, Any], name: str, phase: str = "both") -> float:
     minimum = passes * case["logits_bytes"] + case["target_bytes"]
     bandwidth = 2 * case["logits_bytes"] / case["copy"][1]
     return minimum / median(case, name, phase) / bandwidth
+
+
+def disturbed(case: dict[str, Any]) -> bool:
+    return bool(case["switches"] > 20)
 
 
 def size_of(case: dict[str, Any]) -> str:
@@ -229,6 +244,7 @@ def line(case: dict[str, Any]) -> str:
         f"{size_of(case):>14} {case['dtype']:>8} {case['threads']:>3} | {ours * 1e6:>9.1f} {50 * (high - low) / ours:>4.0f} {phases} | "
         f"{over[0]:>5.2f} {over[1]:>7.2f} {over[2]:>6.2f} {over[3]:>10.2f} {floor:>8.2f} | "
         f"{speed:>6.1f} {limit(case, 'ours'):>5.2f} {limit(case, 'cross_entropy'):>5.2f} | {memory[0]:>6.1f} {memory[1]:>4.1f}"
+        + (" !" if disturbed(case) else "")
     )
 
 

@@ -79,6 +79,12 @@ def speed(report: dict[str, Any]) -> list[str]:
         "bytes that must move are logits and targets read once and the gradient written once, their share that of a `copy_` of the same "
         "tensors in the same run."
     ]
+    busy = [case for case in several if microbench.disturbed(case)]
+    if busy:
+        parts.append(
+            f"The machine was **not quiet**: in {len(busy)} of {len(several)} cases other processes took a core from the benchmark "
+            "more than 20 times a second. The contenders of a case are interleaved, so ratios suffer less than times."
+        )
     parts += [speed_table(cases, dtype) for dtype in dict.fromkeys(dtype for dtype, _ in cases)]
     lost = [case for case in several if _over_ce(case) > 1]
     named = ", ".join(f"{_size(case)} {case['dtype']} {case['threads']} ({_over_ce(case):.2f})" for case in lost)
