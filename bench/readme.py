@@ -148,8 +148,9 @@ def gpu(report: dict[str, Any]) -> list[str]:
     parts = [
         "**Simulated and modelled, not measured**: the GPU kernels. There was no GPU, so no time is given. What follows is PTX for sm_80 "
         f"executed on the CPU, one step of training in bfloat16 ({versions}). Each cell: bytes moved over the minimum · PTX instructions "
-        "a logit · share of an H100's memory limit in a model from datasheet rates. All kernels and phases, float32, A100 and B200, "
-        f"registers (ours spill {spilled} bytes) and access widths are in [bench/kernels/kernels.md](bench/kernels/kernels.md).",
+        "a logit · share of an H100's memory limit in a model from datasheet rates. All kernels and phases, A100 and B200, "
+        f"registers (ours spill {spilled} bytes) and access widths are in [bench/kernels/kernels.md](bench/kernels/kernels.md). "
+        "A dash was not run.",
         gpu_table(figures, "bfloat16"),
         "Liger, flash-attn and *torch.compile, CE* compute no penalty. "
         + ("In these figures peers are below ours here:" if below else "No peer is below ours in bytes or instructions of a whole step."),
