@@ -4,6 +4,7 @@ the compiled PTX in ptxsim. What runs is the product's host code and the product
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -79,10 +80,13 @@ def built() -> Path:
     for path in sorted(files):
         digest.update(path.read_bytes())
     cache = Path(os.environ.get("FASTSOFTLOSS_TEST_CACHE", tempfile.gettempdir())) / f"fastsoftloss-{digest.hexdigest()[:16]}"
-    if not (cache / "simulated.so").exists():
-        with tempfile.TemporaryDirectory() as folder:
-            build(Path(folder))
-            shutil.copytree(folder, cache, dirs_exist_ok=True)
+    cache.mkdir(exist_ok=True)
+    with open(cache / "lock", "w") as lock:  # other processes of the same run wait for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (cache / "simulated.so").exists():
+            with tempfile.TemporaryDirectory() as folder:
+                build(Path(folder))
+                shutil.copytree(folder, cache, dirs_exist_ok=True)
     return cache / "simulated.so"
 
 

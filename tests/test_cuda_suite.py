@@ -28,7 +28,17 @@ def test_the_suite_on_this_backend() -> None:
         cuda_mode.simulator_folder()
         cuda_mode.built()
     names = ("test_exactness", "test_kernel", "test_bad_input", "test_autograd")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "cuda" if torch.cuda.is_available() else SIMULATED]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n0",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cuda" if torch.cuda.is_available() else SIMULATED,
+    ]
     environment = os.environ | {"FASTSOFTLOSS_TEST_BACKEND": "cuda", "FASTSOFTLOSS_CHECK": "1"}
     files = [str(HERE / f"{name}.py") for name in names]
     done = subprocess.run([*command, *files], check=False, cwd=HERE.parent, env=environment, capture_output=True, text=True)

@@ -16,7 +16,20 @@ def test_interpreted(name: str) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process is interpreted already")
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider", "-k", "triton", str(here / f"{name}.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n0",
+        "-x",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton",
+        str(here / f"{name}.py"),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, check=False, cwd=here.parent, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
