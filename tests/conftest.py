@@ -118,3 +118,8 @@ def assert_true(got: Outcome, logits: Tensor, target: Tensor, *, upstream: Tenso
     size = terms.gradient_terms
     error = relative * size + SMALLEST[dtype] * (1 + size.max(where=np.isfinite(size), initial=0))
     assert_near(got.gradient, true.gradient, error + rounding(true.gradient, logits.dtype), "gradient")
+
+
+def named(changes):
+    """A test's name for arguments, the same in every process, whatever values were drawn."""
+    return ", ".join(f"{k}={f'{v.dtype}{tuple(v.shape)}' if isinstance(v, torch.Tensor) else v}" for k, v in changes.items())

@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS, DIVERSITIES, compute
+from conftest import BACKENDS, DIVERSITIES, compute, named
 from torch import Tensor
 
 from fastsoftloss import Loss, backends, functional
@@ -135,7 +135,7 @@ MANY = torch.zeros([1] * 80)  # more dimensions than TensorIterator knows
         dict(diversity=6),
         dict(diversity=-1),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_the_operators_raise_and_never_crash(name, changes):
     if name == "backward" and "target" in changes and changes["target"].shape != TARGET.shape:
@@ -164,7 +164,7 @@ def test_a_meta_tensor_gives_an_error_or_a_meta_tensor(name):
         dict(upstream=torch.ones(3), reduction=1),
         dict(upstream=torch.ones((), dtype=torch.float16), reduction=1),
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_backward_operator_checks_the_upstream_gradient(changes):
     with pytest.raises((RuntimeError, NotImplementedError)):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIVERSITIES
+from conftest import DIVERSITIES, named
 from torch import Tensor
 
 from fastsoftloss import backends, functional, reference
@@ -341,7 +341,7 @@ def test_the_bits_are_the_same_for_every_number_of_threads(form, rows, classes):
         dict(target=torch.tensor([[0, 1, 2], [0, -1, 2]]), sample_weight=torch.ones(2, 3)),
         dict(target=torch.rand(3, 5), sample_weight=torch.ones(2, 3)),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_the_operators_raise_and_never_crash(changes):
     operators = backends.choose("cpu", torch.device("cpu"))
