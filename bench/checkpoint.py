@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise SystemExit(f"no checkpoint at {path}: train one with bench/train.py --out {path}")
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damage surfaces as whatever the layer that met it raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

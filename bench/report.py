@@ -1,7 +1,7 @@
 """Train, attack, and write the robustness report: report.md, report.json and one figure a data set.
 
     python bench/report.py --quick                   digits, under two minutes on 2 cores
-    OMP_NUM_THREADS=1 python bench/report.py         MNIST-5k and digits, 4 seeds: about 45 minutes on one core
+    OMP_NUM_THREADS=1 python bench/report.py         MNIST-5k and digits, 4 seeds: about an hour on one core
 
 Every run's checkpoint and figures are kept under --out: an interrupted report goes on where it stopped, and a second call with the same
 options only writes the tables again. A configuration is LOSS[@WEIGHT_DECAY][+at], as in ce@3e-3, logit_variance:5@1e-3 or ce+at: +at
