@@ -17,7 +17,7 @@ _MEAN = ops.REDUCTIONS.index("mean")
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward can write the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]
-    return 1 + KEPT * target.numel() if classes > KEPT_CLASSES else int(reduction == _MEAN), classes <= FUSED_CLASSES
+    return 1 + KEPT * target.numel() if classes > KEPT_CLASSES else int(reduction == _MEAN), gradient and classes <= FUSED_CLASSES
 
 
 def rescale(dlogits: Tensor, upstream: Tensor, moments: Tensor, logits: Tensor, *inputs: Any) -> Tensor | None:
