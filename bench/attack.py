@@ -135,18 +135,22 @@ def apgd_ce(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort = P
     return _isolated(lambda: attack.perturb(x, y))
 
 
+def _targets(net: nn.Module, x: Tensor, most: int, name: str) -> int:
+    """How many wrong classes a targeted attack can aim at."""
+    classes = predict(net, x[:1]).shape[1]
+    if classes < 4:
+        raise SystemExit(f"{name} needs at least 4 classes (its loss looks at the fourth), and this model has {classes}: leave it out")
+    return min(most, classes - 1)
+
+
 def apgd_targeted(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort = PUBLISHED) -> Tensor:
     base = require_library().autopgd_base
-    with torch.no_grad():
-        classes = net(x[:1]).shape[1]
-    if classes < 4:
-        raise SystemExit(f"apgd-t needs at least 4 classes (its loss looks at the fourth), and this model has {classes}: leave it out")
     attack = base.APGDAttack_targeted(
         net,
         n_iter=effort.apgd_steps,
         eps=eps,
         seed=effort.seed,
-        n_target_classes=min(effort.targets, classes - 1),
+        n_target_classes=_targets(net, x, effort.targets, "apgd-t"),
         device=x.device,
         logger=_quiet,
     )
@@ -162,6 +166,7 @@ def square(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort = PU
 
 def autoattack(net: nn.Module, x: Tensor, y: Tensor, eps: float, effort: Effort = PUBLISHED) -> Tensor:
     attack = require_library().AutoAttack(net, eps=eps, seed=effort.seed, device=x.device)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = _targets(net, x, PUBLISHED.targets, "autoattack")
     return _isolated(lambda: attack.run_standard_evaluation(x, y, batch_size=len(x))[0])
 
 
@@ -186,6 +191,8 @@ def survivors(net: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: float, 
     """
     alive = alive.clone()
     for rows in alive.nonzero().squeeze(1).split(batch):
+        if not len(rows):  # the one part of nothing
+            break
         x_adv = project(attack(net, x[rows], y[rows], eps, effort), x[rows], eps)
         alive[rows] = predict(net, x_adv).argmax(1) == y[rows]
     return alive

@@ -16,7 +16,7 @@ import numpy as np
 def draw(path: Path, title: str, runs: list[dict[str, Any]], eps: float) -> None:
     """``runs``: the report's records of one data set; ``label`` names a configuration, ``seed`` its repetition."""
     labels = list(dict.fromkeys(run["label"] for run in runs))
-    colour = dict(zip(labels, plt.get_cmap("tab10")(np.arange(len(labels)) % 10), strict=True))
+    colour = dict(zip(labels, plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")(np.arange(len(labels)) % 20), strict=True))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     for label in labels:
         mine = [run for run in runs if run["label"] == label]
@@ -39,7 +39,7 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]], eps: float) -> None
             label=label,
         )
     left.axvline(eps, color="0.7", linewidth=0.8, linestyle=":")
-    left.set(xlabel="L∞ radius ε", ylabel="accuracy, %", title="worst of PGD, margin-PGD and targeted APGD", ylim=(0, 100))
+    left.set(xlabel="L∞ radius ε", ylabel="accuracy, %", title="worst of PGD, margin-PGD and targeted APGD, seed 0", ylim=(0, 100))
     left.legend(fontsize=7, frameon=False)
 
     for label in labels:
@@ -50,7 +50,7 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]], eps: float) -> None
         counts = np.sum([run["histogram"]["counts"] for run in shown], axis=0)
         middle.stairs(counts / counts.sum(), edges, color=colour[label], label=label, linewidth=1.4)
     middle.set(
-        xlabel="log10 of the softmax over the non-true classes", ylabel="share of classes", title="the complement, clean test images"
+        xlabel="log10 of the softmax over the non-true classes", ylabel="share of classes", title="the complement, clean test images, seed 0"
     )
     middle.legend(fontsize=7, frameon=False)
 

@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +33,15 @@ import train
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastsoftloss import functional
+from fastsoftloss import backends, functional
 
 RADII = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2)
 BINS = torch.linspace(-6, 0, 49)
 FULL = {
     "mnist5k": [
-        *("ce", "ce@1e-3", "ce@3e-3", "ce@1e-2"),
-        *("logit_variance:5", "logit_variance:5@3e-3", "logit_variance:50@1e-3", "kl:5@3e-3", "gce:0.333@1e-3"),
+        *("ce", "ce@1e-3", "ce@3e-3", "ce@1e-2", "ce@3e-2", "label_smoothing:0.1"),
+        *("logit_variance:5", "logit_variance:5@3e-3", "logit_variance:50@1e-3", "kl:5", "kl:5@3e-3", "variance:5"),
+        *("gce:0.333", "gce:0.333@1e-3"),
     ],
     "digits": [
         *("ce", "ce@1e-3", "ce@3e-3", "ce@1e-2"),
@@ -150,7 +152,8 @@ class Run(NamedTuple):
 
     def record(self, protocol: Protocol, device: str) -> dict[str, Any]:
         """Its figures: read where an earlier call with the same options wrote them, else measured now."""
-        identity = json.loads(json.dumps({"recipe": self.recipe.__dict__, "protocol": protocol}))
+        backend = backends.default(torch.device(device))
+        identity = json.loads(json.dumps({"recipe": self.recipe.__dict__, "protocol": protocol, "backend": backend}))
         if self.file(".json").is_file():
             try:
                 record = json.loads(self.file(".json").read_text())
@@ -158,7 +161,7 @@ class Run(NamedTuple):
                 record = {}  # cut off while it was written
             if record.get("identity") == identity:
                 return record
-        begin = time.perf_counter()
+        begin = time.process_time()
         trainer = train.train(self.recipe, self.file(".pt"), device=device)
         x, y = self.images.x_test.to(device), self.images.y_test.to(device)
         record = {
@@ -167,10 +170,12 @@ class Run(NamedTuple):
             "label": self.configuration.label,
             **self.configuration._asdict(),
             "seed": self.recipe.seed,
+            "commit": _commit(),
+            "backend": backend,
             "train_ms_per_step": 1e3 * trainer.seconds / trainer.steps,
             **examine(self.network(device), x, y, protocol, curve=self.recipe.seed == 0),
         }
-        record["seconds"] = time.perf_counter() - begin
+        record["cpu_seconds"] = time.process_time() - begin
         self.file(".json").write_text(json.dumps(record))
         return record
 
@@ -247,6 +252,15 @@ def autoattack_table(runs: list[dict[str, Any]], networks: dict[str, nn.Module],
     return "\n".join(lines)
 
 
+def _commit() -> str:
+    """Of the checkout that this file is in; ``+`` where it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -289,7 +303,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     attack.require_library()
-    begin = time.perf_counter()
     plan = []
     for name in args.data or list(lists):
         images = data.load(name)
@@ -307,10 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 plan.append(Run(images, one, recipe, args.out / Path(name).stem / f"{one.file}-seed{seed}"))
     runs = [run.record(protocol, args.device) for run in tqdm(plan, "report")]
-    write(args.out, plan, runs, protocol, args, begin)
+    write(args.out, plan, runs, protocol, args)
 
 
-def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Protocol, args: argparse.Namespace, begin: float) -> None:
+def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Protocol, args: argparse.Namespace) -> None:
     """report.md, report.json and the figures; the table goes to the terminal too."""
     text = ["# Robustness report"]
     extra: dict[str, Any] = {}
@@ -349,12 +362,10 @@ def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Prot
             f"A training step, batch {batch}:",
             overhead.table(timed),
         ]
-    seconds, runs_seconds = time.perf_counter() - begin, sum(record["seconds"] for record in runs)
     where = f"{_processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {args.device}"
-    text.append(
-        f"Training and attacks of the {len(runs)} networks took {runs_seconds / 60:.0f} minutes, those that an earlier call had finished "
-        f"included; this call {seconds / 60:.1f} ({where})."
-    )
+    made = ", ".join(sorted({f"{record['commit']} ({record['backend']} kernels)" for record in runs}))
+    minutes = sum(record["cpu_seconds"] for record in runs) / 60
+    text.append(f"Training and attacks of the {len(runs)} networks took {minutes:.0f} CPU minutes ({where}), at commit {made}.")
     report = "\n\n".join(part for part in text if part)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report + "\n")
@@ -362,7 +373,6 @@ def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Prot
         del record["identity"], record["strong_rows"]
     summary = {
         "protocol": {**protocol._asdict(), "effort": protocol.effort._asdict()},
-        "seconds": seconds,
         "where": where,
         **extra,
         "runs": runs,

@@ -260,6 +260,7 @@ def train(
 
     ``stop_at``: leave, saved, after so many steps in all, as an interrupted run does.
     """
+    torch.backends.cudnn.deterministic = True  # a resumed run must not pick other kernels than an unbroken one
     images = data.load(recipe.data)
     group = Group(device)
     trainer = Trainer(recipe, images, group)
@@ -331,7 +332,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, device, save_every, threads = (args.pop(name) for name in ("out", "device", "save_every", "threads"))
     if threads:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.deterministic = True  # a resumed run must not pick other kernels than an unbroken one
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks cannot agree on a step to stop after; they resume from the last save
         catch_signals()
     trainer = train(Recipe(**args), out, device=device, save_every=save_every)

@@ -130,5 +130,21 @@ def test_what_is_missing_is_said_in_one_line(
             attack.evaluate(net, *images, EPS, (name,))
     monkeypatch.undo()
     pytest.importorskip("pyautoattack")
-    with pytest.raises(SystemExit, match="at least 4 classes"):
-        attack.apgd_targeted(few_classes, *images, EPS)
+    for name in ("apgd-t", "autoattack"):
+        with pytest.raises(SystemExit, match=f"{name} needs at least 4 classes"):
+            attack.ATTACKS[name](few_classes, *images, EPS)
+
+
+def test_fewer_classes_than_the_library_aims_at_and_no_image_left(
+    net: torch.nn.Module, images: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    pytest.importorskip("pyautoattack")
+    five = torch.nn.Sequential(net, torch.nn.Linear(10, 5, bias=False).requires_grad_(False))
+    torch.nn.init.eye_(five[1].weight)
+    x, y = images
+    few = (y < 5).nonzero().squeeze(1)[:4]
+    clean = right(five, x[few], y[few])
+    kept = attack.evaluate(five, x[few], y[few], 0.5, ("autoattack", "strong"), EFFORT)
+    assert not (kept["autoattack"] & ~clean).any() and clean.any()
+    nothing = attack.survivors(net, x, y, attack.apgd_ce, EPS, EFFORT, torch.zeros(len(y), dtype=torch.bool))
+    assert not nothing.any()

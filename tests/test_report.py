@@ -38,7 +38,7 @@ def test_writes_table_figure_and_json_and_resumes(tmp_path: Path, capsys: pytest
     changed = {file for file, time in kept.items() if file.stat().st_mtime_ns != time}
     assert changed == {lost}
     again = json.loads((tmp_path / "report.json").read_text())["runs"]
-    assert [{**run, "seconds": 0} for run in again] == [{**run, "seconds": 0} for run in summary["runs"]]
+    assert [{**run, "cpu_seconds": 0} for run in again] == [{**run, "cpu_seconds": 0} for run in summary["runs"]]
 
 
 def test_configurations() -> None:
