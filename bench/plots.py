@@ -50,7 +50,9 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]], eps: float) -> None
         counts = np.sum([run["histogram"]["counts"] for run in shown], axis=0)
         middle.stairs(counts / counts.sum(), edges, color=colour[label], label=label, linewidth=1.4)
     middle.set(
-        xlabel="log10 of the softmax over the non-true classes", ylabel="share of classes", title="the complement, clean test images, seed 0"
+        xlabel="log10 of the softmax over the non-true classes",
+        ylabel="share of classes",
+        title="the complement, clean test images, seed 0",
     )
     middle.legend(fontsize=7, frameon=False)
 

@@ -135,9 +135,7 @@ def test_what_is_missing_is_said_in_one_line(
             attack.ATTACKS[name](few_classes, *images, EPS)
 
 
-def test_fewer_classes_than_the_library_aims_at_and_no_image_left(
-    net: torch.nn.Module, images: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_fewer_classes_than_the_library_aims_at_and_no_image_left(net: torch.nn.Module, images: tuple[torch.Tensor, torch.Tensor]) -> None:
     pytest.importorskip("pyautoattack")
     five = torch.nn.Sequential(net, torch.nn.Linear(10, 5, bias=False).requires_grad_(False))
     torch.nn.init.eye_(five[1].weight)
