@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import arguments
 import checkpoint
 import data
 import torch
@@ -317,14 +318,16 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="files written by bench/train.py")
     parser.add_argument("--attacks", nargs="+", default=["clean", "fgsm", "pgd", "strong"], choices=NAMES, metavar="NAME")
     parser.add_argument("--eps", type=float, default=0.1, help="L-infinity radius, images in [0, 1] (default 0.1)")
-    parser.add_argument("--limit", type=int, help="attack the first so many test images only")
+    parser.add_argument("--limit", type=arguments.positive, help="attack the first so many test images only")
     parser.add_argument("--data", help="data set to attack (default: the checkpoint's own)")
-    parser.add_argument("--pgd-steps", type=int, default=PUBLISHED.pgd_steps)
-    parser.add_argument("--apgd-steps", type=int, default=PUBLISHED.apgd_steps)
-    parser.add_argument("--queries", type=int, default=PUBLISHED.queries, help="queries of Square for each image (default 5000)")
+    parser.add_argument("--pgd-steps", type=arguments.positive, default=PUBLISHED.pgd_steps)
+    parser.add_argument("--apgd-steps", type=arguments.positive, default=PUBLISHED.apgd_steps)
+    parser.add_argument(
+        "--queries", type=arguments.positive, default=PUBLISHED.queries, help="queries of Square for each image (default 5000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice; 1 is best for the small CNN)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=arguments.positive, help="CPU threads (default: PyTorch's choice; 1 is best for the small CNN)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.default_device())
     parser.add_argument("--stall", action="store_true", help="instead: PGD through F.cross_entropy against PGD through fastsoftloss")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     return parser

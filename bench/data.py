@@ -111,6 +111,16 @@ def _images(x: np.ndarray) -> Tensor:
     return images
 
 
+def _labels(y: np.ndarray, x: Tensor) -> Tensor:
+    """Whole numbers from 0, one for each image of ``x``."""
+    labels = y.reshape(-1)
+    if len(labels) != len(x) or not len(x):
+        raise SystemExit(f"each image must have one label, got {len(x)} images and {len(labels)} labels")
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise SystemExit(f"labels must be whole numbers from 0, got {labels.dtype} from {labels.min()}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
 def _npz(path: Path) -> Data:
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -119,10 +129,11 @@ def _npz(path: Path) -> Data:
         raise SystemExit(f"{path} is not a readable .npz file ({error}): write it again with numpy.savez") from None
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         x_train, x_test = _images(arrays["x_train"]), _images(arrays["x_test"])
-        y_train, y_test = (torch.from_numpy(arrays[name].reshape(-1).astype(np.int64)) for name in ("y_train", "y_test"))
+        y_train, y_test = _labels(arrays["y_train"], x_train), _labels(arrays["y_test"], x_test)
         return Data(str(path), int(max(y_train.max(), y_test.max())) + 1, x_train, y_train, x_test, y_test)
     if {"x", "y"} <= arrays.keys():
-        return _split(str(path), _images(arrays["x"]), torch.from_numpy(arrays["y"].reshape(-1).astype(np.int64)))
+        x = _images(arrays["x"])
+        return _split(str(path), x, _labels(arrays["y"], x))
     raise SystemExit(f"{path} must hold x_train, y_train, x_test and y_test, or x and y; it holds {', '.join(arrays) or 'nothing'}")
 
 
@@ -151,7 +162,9 @@ def _read_classes(top: Path, classes: list[str], shape: tuple[int, ...] | None =
             try:
                 with Image.open(file) as image:
                     if shape is None:
-                        shape = (1 if image.mode in ("1", "L", "I;16") else 3, image.height, image.width)
+                        shape = (1 if image.mode in ("1", "L") or image.mode.startswith("I") else 3, image.height, image.width)
+                    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+                        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
                     picture = image.convert("L" if shape[0] == 1 else "RGB").resize((shape[2], shape[1]))
             except OSError as error:
                 raise SystemExit(f"{file} is not a readable image ({error}): replace or remove it") from None

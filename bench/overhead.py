@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import arguments
 import losses
 import models
 import torch
@@ -92,13 +93,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--batches", type=arguments.positive, nargs="+", default=[128, 1024])
+    parser.add_argument("--classes", type=arguments.positive, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--model", default="cnn", choices=models.NAMES)
     parser.add_argument("--size", type=int, nargs=3, default=[1, 28, 28], metavar=("C", "H", "W"))
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=arguments.positive, default=50)
+    parser.add_argument("--threads", type=arguments.positive, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.default_device())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if args.threads:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import arguments
 import attack
 import checkpoint
 import data
@@ -274,17 +275,17 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="digits, two losses with and without weight decay, small attacks")
     parser.add_argument("--data", nargs="+", help="data sets (default: mnist5k digits; --quick: digits)")
     parser.add_argument("--configurations", nargs="+", metavar="LOSS[@WD][+at]", help="instead of the data set's default list")
-    parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 (default 4; --quick: 3)")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=arguments.positive, help="seeds 0 to SEEDS - 1 (default 4; --quick: 3)")
+    parser.add_argument("--epochs", type=arguments.positive, default=20)
     parser.add_argument("--model", default="cnn", choices=models.NAMES)
     parser.add_argument("--eps", type=float, default=0.1)
-    parser.add_argument("--limit", type=int, help="attack the first so many test images (default 300; --quick: 200)")
-    parser.add_argument("--apgd-steps", type=int, help="(default 50; --quick: 20; published: 100)")
-    parser.add_argument("--queries", type=int, help="of Square (default 500; --quick: 200; published: 5000)")
+    parser.add_argument("--limit", type=arguments.positive, help="attack the first so many test images (default 300; --quick: 200)")
+    parser.add_argument("--apgd-steps", type=arguments.positive, help="(default 50; --quick: 20; published: 100)")
+    parser.add_argument("--queries", type=arguments.positive, help="of Square (default 500; --quick: 200; published: 5000)")
     parser.add_argument("--check", type=int, help="AutoAttack at published strength on so many images, seed 0 (default 100; --quick: 0)")
-    parser.add_argument("--rounds", type=int, default=100, help="steps to time for the loss's share (default 100)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: 1 for the CNN, else PyTorch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=arguments.positive, default=100, help="steps to time for the loss's share (default 100)")
+    parser.add_argument("--threads", type=arguments.positive, help="CPU threads (default: 1 for the CNN, else PyTorch's choice)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.default_device())
     parser.add_argument("--out", type=Path, default=Path("results/report"), help="folder to write, and to go on from")
     return parser
 

@@ -7,7 +7,8 @@
 
 Step t depends on the state before it, the recipe and t alone: its batch and its random numbers come from generators seeded with
 (seed, t). So a run that was killed and resumed ends bit for bit where an unbroken one does (same machine, device, threads and
-ranks), and R ranks see between them the batches that one rank sees. Beside OUT.pt stands OUT.csv, one row an epoch.
+ranks), and R ranks see between them the batches that one rank sees (on CPUs, a ResNet's batch statistics are each rank's own).
+Beside OUT.pt stands OUT.csv, one row an epoch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import arguments
 import attack
 import checkpoint
 import data
@@ -127,6 +129,8 @@ class Trainer:
         self.criterion = losses.make(recipe.loss)
         torch.manual_seed(_seed(recipe, 0, 2))
         self.net = models.build(recipe.model, images.shape, images.classes).to(device)
+        if group.size > 1 and device.type == "cuda":  # the statistics of the whole batch, as one rank has them
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         self.wrapped = DistributedDataParallel(self.net) if group.size > 1 else self.net
         self.optimizer = _optimizer(recipe, self.net)
         self.dtype = PRECISIONS[recipe.precision]
@@ -311,19 +315,19 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=default.model, choices=models.NAMES)
     parser.add_argument("--loss", default=default.loss, metavar="NAME[:NUMBER]", help=losses.HELP)
     parser.add_argument("--weight-decay", type=float, default=default.weight_decay, help="L2 term of the optimiser (default 0)")
-    parser.add_argument("--epochs", type=int, default=default.epochs)
-    parser.add_argument("--batch", type=int, default=default.batch, help="rows a step, over all ranks (default 128)")
+    parser.add_argument("--epochs", type=arguments.positive, default=default.epochs)
+    parser.add_argument("--batch", type=arguments.positive, default=default.batch, help="rows a step, over all ranks (default 128)")
     parser.add_argument("--lr", type=float, default=default.lr)
     parser.add_argument("--optimizer", default=default.optimizer, choices=("adam", "sgd"))
     parser.add_argument("--precision", default=default.precision, choices=tuple(PRECISIONS), help="of the forward and backward pass")
     parser.add_argument("--adversarial-eps", type=float, default=0.0, help="train on PGD examples within this L-infinity radius (0: off)")
-    parser.add_argument("--adversarial-steps", type=int, default=default.adversarial_steps)
+    parser.add_argument("--adversarial-steps", type=arguments.positive, default=default.adversarial_steps)
     parser.add_argument("--augment", action="store_true", help="random crop and mirror, as usual for CIFAR")
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, and to resume from")
-    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice; 1 is best for the small CNN)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=arguments.new_checkpoint, required=True, help="checkpoint to write, and to resume from")
+    parser.add_argument("--save-every", type=arguments.positive, default=200, metavar="STEPS")
+    parser.add_argument("--threads", type=arguments.positive, help="CPU threads (default: PyTorch's choice; 1 is best for the small CNN)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.default_device())
     return parser
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,3 +232,73 @@ def test_losses_by_name() -> None:
         with pytest.raises(SystemExit) as error:
             losses.make(name)
         one_line(error, name, "logit_variance")
+
+
+def test_own_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    pixels, path = np.zeros((4, 8, 8), dtype=np.uint8), tmp_path / "own.npz"
+    for labels, said in (
+        (np.arange(3), "4 images and 3 labels"),
+        (np.array([0, 1, -1, 2]), "from 0, got int64 from -1"),
+        (np.array([0.5, 1, 1, 0]), "whole numbers"),
+    ):
+        np.savez(path, x=pixels, y=labels)
+        with pytest.raises(SystemExit) as error:
+            data.load(str(path))
+        one_line(error, said)
+
+
+def test_sixteen_bits_a_pixel(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    wide = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            image.fromarray(wide).save(tmp_path / name / f"{index}.png")
+    own = data.load(str(tmp_path))
+    assert own.shape == (1, 8, 8)
+    assert (own.x_train[0, 0] - torch.from_numpy(wide.astype(np.float32) / 65535)).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--batch", "0"), ("--epochs", "-1"), ("--save-every", "x"), ("--device", "cuda:99"), ("--out", "."), ("--out", "log.csv")]
+)
+def test_arguments_that_do_not_fit_are_named(wrong: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "run.pt"), *wrong])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"argument {wrong[0]}: " in last and wrong[1] in last
+
+
+def test_cifar_and_resnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a torchvision of three classes: what is asked of the real one, and what is made of it."""
+
+    class CIFAR10:
+        classes = ("a", "b", "c")
+
+        def __init__(self, root: Path, train: bool, download: bool) -> None:
+            assert download
+            rows = 12 if train else 6
+            self.data = np.random.default_rng(rows).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
+            self.targets = [row % 3 for row in range(rows)]
+
+    class ResNet(torch.nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = torch.nn.Conv2d(3, 64, 7, 2), torch.nn.BatchNorm2d(64)
+            self.maxpool, self.fc = torch.nn.MaxPool2d(3), torch.nn.Linear(64, num_classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.maxpool(self.bn1(self.conv1(x)).relu())
+            assert x.shape[2:] == (32, 32)  # the stem of small images: no stride, no pooling
+            return self.fc(x.mean((2, 3)))
+
+    torchvision, datasets, nets = (types.ModuleType(name) for name in ("torchvision", "torchvision.datasets", "torchvision.models"))
+    torchvision.datasets, torchvision.models, datasets.CIFAR10, datasets.CIFAR100, nets.resnet18 = datasets, nets, CIFAR10, CIFAR10, ResNet
+    for module in (torchvision, datasets, nets):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    images = data.load("cifar10")
+    assert (images.classes, images.shape, len(images.y_train), len(images.y_test)) == (3, (3, 32, 32), 12, 6)
+    recipe = train.Recipe(data="cifar10", model="resnet18", augment=True, batch=4, epochs=2, optimizer="sgd", lr=0.1)
+    unbroken = train.train(recipe, progress=False)
+    train.train(recipe, tmp_path / "run.pt", progress=False, stop_at=4)
+    assert_same(train.train(recipe, tmp_path / "run.pt", progress=False).state(), unbroken.state())  # running statistics too
