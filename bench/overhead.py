@@ -2,14 +2,16 @@
 
     python bench/overhead.py --batches 128 1024 --classes 10 100 1000
 
-Measured both ways, medians over interleaved rounds: the loss alone, forward and backward down to the logits; and what a whole step
-(forward, loss, backward, optimiser) gains over one whose gradient in the logits is given for free.
+Two ways, over interleaved rounds in random order: the loss alone, forward and backward down to the logits; and whole steps (forward,
+loss, backward, optimiser), each against CrossEntropyLoss's step of the same round, the median of those differences with its 95 %
+confidence interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import time
@@ -26,8 +28,9 @@ from tqdm import tqdm
 
 from fastsoftloss import Loss
 
+PLAIN = "CrossEntropyLoss()"
 CRITERIA: dict[str, Callable[[], nn.Module]] = {
-    "CrossEntropyLoss()": nn.CrossEntropyLoss,
+    PLAIN: nn.CrossEntropyLoss,
     "Loss()": Loss,
     "penalty in torch operators": losses.TorchLogitVariance,
 }
@@ -39,38 +42,53 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def interval(sample: Sequence[float]) -> tuple[float, float]:
+    """The order statistics between which the median lies with a probability of at least 95 %, whatever the distribution."""
+    n = len(sample)
+    tail, k = 0.5**n, 0  # the chance that at most k of n lie below the median
+    while tail + math.comb(n, k + 1) * 0.5**n <= 0.025:
+        k += 1
+        tail += math.comb(n, k) * 0.5**n
+    ordered = sorted(sample)
+    return ordered[k], ordered[n - 1 - k]
+
+
 def measure(net: nn.Module, x: Tensor, y: Tensor, rounds: int = 50, progress: bool = False) -> list[dict[str, Any]]:
     """One row for each of :data:`CRITERIA`: times in seconds of a step of ``net`` (Adam) on the batch ``x``, ``y``."""
     optimizer = torch.optim.Adam(net.train().parameters(), 1e-6)
     criteria = {name: make().to(x.device) for name, make in CRITERIA.items()}
     with torch.no_grad():
         logits = net(x)
-    free = torch.randn_like(logits) / len(y)
-    whole: dict[str, list[float]] = {name: [] for name in ("nothing", *criteria)}
+    steps: dict[str, list[float]] = {name: [] for name in criteria}
     alone: dict[str, list[float]] = {name: [] for name in criteria}
     for turn in tqdm(range(rounds + 3), "timing", leave=False, disable=not progress):
-        for name in random.sample(list(whole), len(whole)):  # what ran before leaves its mark on the caches
+        for name in random.sample(list(criteria), len(criteria)):  # what ran before leaves its mark on the caches
             begin = _clock(x.device)
             optimizer.zero_grad(set_to_none=True)
-            out = net(x)
-            if name == "nothing":
-                out.backward(free)
-            else:
-                criteria[name](out, y).backward()
+            criteria[name](net(x), y).backward()
             optimizer.step()
             if turn >= 3:  # the first rounds warm up caches and allocators
-                whole[name].append(_clock(x.device) - begin)
-        for name, criterion in random.sample(list(criteria.items()), len(criteria)):
+                steps[name].append(_clock(x.device) - begin)
+        for name in random.sample(list(criteria), len(criteria)):
             z = logits.clone().requires_grad_()
             begin = _clock(x.device)
-            criterion(z, y).backward()
+            criteria[name](z, y).backward()
             if turn >= 3:
                 alone[name].append(_clock(x.device) - begin)
-    base = statistics.median(whole["nothing"])
     rows = []
     for name in criteria:
-        step, loss = statistics.median(whole[name]), statistics.median(alone[name])
-        rows.append({"loss": name, "step_s": step, "loss_s": loss, "share_alone": loss / step, "share_in_step": (step - base) / step})
+        slower = [step / plain - 1 for step, plain in zip(steps[name], steps[PLAIN], strict=True)]
+        rows.append(
+            {
+                "loss": name,
+                "step_s": statistics.median(steps[name]),
+                "step_quartiles_s": statistics.quantiles(steps[name], n=4)[::2],
+                "loss_s": statistics.median(alone[name]),
+                "loss_quartiles_s": statistics.quantiles(alone[name], n=4)[::2],
+                "slower": statistics.median(slower),
+                "slower_95": interval(slower),
+            }
+        )
     return rows
 
 
@@ -78,15 +96,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of :func:`measure`'s rows; batch and classes are shown where the rows tell them."""
     sized = "batch" in rows[0]
     lines = [
-        f"| {'batch | classes | ' if sized else ''}loss | a step, ms | the loss alone, µs | its share of the step | "
-        "over a loss-free step |",
+        f"| {'batch | classes | ' if sized else ''}loss | a step, ms (quartiles) | longer than with CrossEntropyLoss (95 %) | "
+        "the loss alone, µs (quartiles) | its share of the step |",
         "|---" * (7 if sized else 5) + "|",
     ]
     for row in rows:
         size = f"{row['batch']} | {row['classes']} | " if sized else ""
+        name = row["loss"] if " " in row["loss"] else f"`{row['loss']}`"
+        (first, third), (low, high) = row["step_quartiles_s"], row["loss_quartiles_s"]
+        longer = "" if row["loss"] == PLAIN else "{:+.1%} ({:+.1%} to {:+.1%})".format(row["slower"], *row["slower_95"])
         lines.append(
-            f"| {size}`{row['loss']}` | {1e3 * row['step_s']:.2f} | {1e6 * row['loss_s']:.0f} | {row['share_alone']:.1%} | "
-            f"{row['share_in_step']:+.1%} |".replace("`penalty in torch operators`", "penalty in torch operators")
+            f"| {size}{name} | {1e3 * row['step_s']:.2f} ({1e3 * first:.2f} to {1e3 * third:.2f}) | {longer} | "
+            f"{1e6 * row['loss_s']:.0f} ({1e6 * low:.0f} to {1e6 * high:.0f}) | {row['loss_s'] / row['step_s']:.1%} |"
         )
     return "\n".join(lines)
 
