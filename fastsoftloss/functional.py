@@ -16,9 +16,19 @@ from fastsoftloss import backends, ops, reference
 _DIVERSITY_INDEX = {name: index for index, name in enumerate(ops.DIVERSITIES)}
 _REDUCTION_INDEX = {name: index for index, name in enumerate(ops.REDUCTIONS)}
 _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_transforms = torch._C._functorch.get_dynamic_layer_stack_depth  # Dynamo knows it, unlike the current level
 _TARGETS = (torch.int64, torch.int32)
 
+_functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
+
+
+def _transformed() -> bool:
+    """Inside a function transform or forward-mode AD, which trace plain operators."""
+    return _functorch_depth() > 0 or forward_ad._current_level >= 0
+
+
+# Dynamo asks while it traces, and guards both levels itself. What torch.compiler.assume_constant_result does, without
+# importing Dynamo here; torch 2.10's knows neither level.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # class indices, class probabilities, or two class indices and the weight of the first
 Target = Tensor | tuple[Tensor, Tensor, Tensor | float]
@@ -282,11 +292,10 @@ def apply(
         target = target.long()
     operators = backends.choose(backend, logits.device)
     compiling = torch.compiler.is_compiling()
-    # the kernels have no gradient for the weights, and function transforms trace plain operators
-    transformed = _transforms() > 0 or forward_ad._current_level >= 0
+    transformed = _transformed()
     weighted = weight is not None or sample_weight is not None
     learned = weighted and ((weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad))
-    if transformed or learned:
+    if transformed or learned:  # the kernels have no gradient for the weights
         operators = None
     # the CPU's kernel refuses what does not fit: the look for the reason is paid only then
     if operators is None or operators.rescale is not None or compiling or weighted or type(logits) is not Tensor:
@@ -328,8 +337,8 @@ def _apply_soft(
         packed, sample_weight = reference.pack_mixture(target, sample_weight, dtype)
     else:
         form, packed = "probabilities", target
-    # the kernels differentiate by the logits, and function transforms trace plain operators
-    traced = _transforms() > 0 or forward_ad._current_level >= 0
+    traced = _transformed()
+    # the kernels differentiate by the logits alone
     learned = any(t is not None and t.requires_grad for t in (packed, weight, sample_weight))
     if operators is None or form not in operators.forms or traced or learned:
         if logits.device.type == "cpu" and not (traced or torch.compiler.is_compiling()):
