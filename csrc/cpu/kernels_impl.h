@@ -293,16 +293,9 @@ struct Tile {
   const Job<T>& job;
   Row<T> row[kLanes];
   int valid;
-  bool logits_run, gradient_run;  // the lanes lie side by side in memory
 
   FSL_FN Tile(const Job<T>& job, int64_t begin, int64_t end) : job(job), valid(int(end - begin)) {
     for (int lane = 0; lane < kLanes; ++lane) row[lane] = lane < valid ? locate(job, begin + lane) : row[0];
-    const int64_t bytes = bytes_of(job.storage);
-    logits_run = gradient_run = valid == kLanes;
-    for (int lane = 1; lane < valid; ++lane) {
-      logits_run &= row[lane].logits == row[0].logits + lane * bytes;
-      gradient_run &= row[lane].gradient == row[0].gradient + lane * bytes;
-    }
   }
   // The true classes, counted from class k on, as far as a tile's classes go; below 0 where a row is ignored, or has no other.
   FSL_FN V labels(int64_t k, int64_t Row<T>::* which = &Row<T>::label) const {
@@ -313,28 +306,43 @@ struct Tile {
     }
     return V::load(label);
   }
-  // Classes [k, k + count) into z, a vector each.
-  FSL_LOOP void load(int64_t k, int count, T (*z)[kLanes]) const {
-    const int64_t bytes = bytes_of(job.storage);
-    if (logits_run) {
-      for (int i = 0; i < count; ++i) load_contiguous(row[0].logits + (k + i) * job.logits_step, job.storage, kLanes, z[i]);
-    } else if (job.logits_step == bytes) {
+  // Each row's logit of one of its labels.
+  FSL_FN V logits_at(int64_t Row<T>::* which) const {
+    T lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t y = row[lane].*which;
+      lanes[lane] = y >= 0 ? load_one<T>(row[lane].logits + y * job.logits_step, job.storage) : T(0);
+    }
+    return V::load(lanes);
+  }
+  // What each row has one of.
+  FSL_FN V each(T Row<T>::* which) const {
+    T lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = row[lane].*which;
+    return V::load(lanes);
+  }
+  FSL_FN void load(int64_t k, int count, T (*z)[kLanes]) const { load(&Row<T>::logits, job.storage, job.logits_step, k, count, z); }
+  // Classes [k, k + count) of the logits, or of the probabilities, into z, a vector each.
+  FSL_LOOP void load(const char* Row<T>::* from, Storage storage, int64_t step, int64_t k, int count, T (*z)[kLanes]) const {
+    const int64_t bytes = bytes_of(storage);
+    if (run(from, bytes)) {
+      for (int i = 0; i < count; ++i) load_contiguous(row[0].*from + (k + i) * step, storage, kLanes, z[i]);
+    } else if (step == bytes) {
       T buffer[kLanes][kTileClasses];
       const T* line[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        line[lane] = reinterpret_cast<const T*>(row[lane].logits) + k;
-        if (!holds<T>(job.storage))
-          load_contiguous(row[lane].logits + k * bytes, job.storage, count, buffer[lane]), line[lane] = buffer[lane];
+        line[lane] = reinterpret_cast<const T*>(row[lane].*from) + k;
+        if (!holds<T>(storage)) load_contiguous(row[lane].*from + k * bytes, storage, count, buffer[lane]), line[lane] = buffer[lane];
       }
       load_columns(line, count, z);
     } else {
       for (int i = 0; i < count; ++i)
-        for (int lane = 0; lane < kLanes; ++lane) z[i][lane] = load_one<T>(row[lane].logits + (k + i) * job.logits_step, job.storage);
+        for (int lane = 0; lane < kLanes; ++lane) z[i][lane] = load_one<T>(row[lane].*from + (k + i) * step, storage);
     }
   }
   FSL_LOOP void store(int64_t k, int count, const T (*dz)[kLanes]) const {
     const int64_t bytes = bytes_of(job.storage);
-    if (gradient_run) {
+    if (run(&Row<T>::gradient, bytes)) {
       for (int i = 0; i < count; ++i) store_contiguous(dz[i], job.storage, kLanes, row[0].gradient + (k + i) * job.gradient_step);
     } else if (job.gradient_step == bytes) {
       T buffer[kLanes][kTileClasses];
@@ -348,6 +356,26 @@ struct Tile {
       for (int i = 0; i < count; ++i)
         for (int lane = 0; lane < valid; ++lane) store_one(dz[i][lane], job.storage, row[lane].gradient + (k + i) * job.gradient_step);
     }
+  }
+  FSL_LOOP void record(int64_t begin, V loss, V cross_entropy, V diversity, LossSums<T>* sums) const {
+    const V values[3] = {loss, cross_entropy, diversity};
+    for (int i = 0; i < 3; ++i) {
+      T lanes[kLanes];
+      values[i].store(lanes);
+      double sum = 0;
+      for (int lane = 0; lane < valid; ++lane) sum += lanes[lane];
+      sums->of[i] += sum;
+      if (job.row_losses[i]) memcpy(job.row_losses[i] + begin, lanes, valid * sizeof(T));
+    }
+  }
+
+ private:
+  // The lanes lie side by side in memory.
+  template <class P>
+  FSL_FN bool run(P* Row<T>::* which, int64_t bytes) const {
+    bool all = valid == kLanes;
+    for (int lane = 1; lane < kLanes; ++lane) all &= row[lane].*which == row[0].*which + lane * bytes;
+    return all;
   }
 };
 
@@ -364,19 +392,10 @@ FSL_LOOP void take_out(const Tile<T>& tile, int64_t k, int count, T (*z)[Vec<T>:
 template <class T, unsigned Needs>
 FSL_LOOP RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const RowLoss<Vec<T>>& single) {
   using V = Vec<T>;
-  constexpr int kLanes = V::kLanes;
-  alignas(64) T z[2][kLanes], class_weight[2][kLanes], row_weight[2][kLanes], scale[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const Row<T>& row = tile.row[lane];
-    const int64_t y[2] = {row.label, row.other};
-    for (int i = 0; i < 2; ++i) z[i][lane] = y[i] >= 0 ? load_one<T>(row.logits + y[i] * tile.job.logits_step, tile.job.storage) : T(0);
-    class_weight[0][lane] = row.class_weight, class_weight[1][lane] = row.other_class_weight;
-    row_weight[0][lane] = row.row_weight, row_weight[1][lane] = row.other_row_weight;
-    scale[lane] = row.scale;
-  }
-  const V zs[2] = {V::load(z[0]), V::load(z[1])}, ws[2] = {V::load(class_weight[0]), V::load(class_weight[1])};
-  const V weights[2] = {V::load(row_weight[0]), V::load(row_weight[1])};
-  RowLoss<V> both = finish_mixture<Needs>(rest, zs, ws, weights, V::load(scale), tile.job.options);
+  const V z[2] = {tile.logits_at(&Row<T>::label), tile.logits_at(&Row<T>::other)};
+  const V class_weight[2] = {tile.each(&Row<T>::class_weight), tile.each(&Row<T>::other_class_weight)};
+  const V row_weight[2] = {tile.each(&Row<T>::row_weight), tile.each(&Row<T>::other_row_weight)};
+  RowLoss<V> both = finish_mixture<Needs>(rest, z, class_weight, row_weight, tile.each(&Row<T>::scale), tile.job.options);
   const auto mixed = V(T(-1)) < tile.labels(0, &Row<T>::other);
   V* const to = &both.loss;
   const V* const from = &single.loss;
@@ -405,12 +424,6 @@ void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) 
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const Tile<T> tile(job, begin, end);
-  alignas(64) T z_y[kLanes], class_weight[kLanes], row_weight[kLanes], scale[kLanes], losses[3][kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const Row<T>& row = tile.row[lane];
-    z_y[lane] = row.label >= 0 ? load_one<T>(row.logits + row.label * job.logits_step, job.storage) : T(0);
-    class_weight[lane] = row.class_weight, row_weight[lane] = row.row_weight, scale[lane] = row.scale;
-  }
   alignas(64) T z[kTileClasses][kLanes], exps[kTileClasses][kLanes];
   const bool one_look = job.classes <= kTileClasses;
   RowMoments<V> whole;
@@ -422,18 +435,11 @@ void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) 
     whole = k ? merge<Needs>(whole, part) : part;
   }
 
-  RowLoss<V> loss = finish(whole, V::load(z_y), V::load(class_weight), V::load(row_weight), V::load(scale), job.options);
+  RowLoss<V> loss = finish(whole, tile.logits_at(&Row<T>::label), tile.each(&Row<T>::class_weight), tile.each(&Row<T>::row_weight),
+                           tile.each(&Row<T>::scale), job.options);
   if (job.form == Form::mixture) loss = finish_mixtures<T, Needs>(tile, whole, loss);
   const auto counts = V(T(-1)) < tile.labels(0);
-  select(counts, loss.loss, V(0)).store(losses[0]);
-  select(counts, loss.cross_entropy, V(0)).store(losses[1]);
-  select(counts, loss.diversity, V(0)).store(losses[2]);
-  for (int i = 0; i < 3; ++i) {
-    double sum = 0;
-    for (int lane = 0; lane < tile.valid; ++lane) sum += losses[i][lane];
-    sums->of[i] += sum;
-    if (job.row_losses[i]) memcpy(job.row_losses[i] + begin, losses[i], tile.valid * sizeof(T));
-  }
+  tile.record(begin, select(counts, loss.loss, V(0)), select(counts, loss.cross_entropy, V(0)), select(counts, loss.diversity, V(0)), sums);
   if (!job.gradient) return;
 
   for (int64_t k = 0; k < job.classes; k += kTileClasses) {

@@ -1,11 +1,16 @@
-// A row whose target is a probability for each class: the loss expected over the label, sum_k u_k loss(k) with u = w t.
+// Rows whose target is a probability for each class: the loss expected over the label, sum_k u_k loss(k) with u = w t.
 //
 // D_k leaves class k out. Taken from the sums over the whole row that is a subtraction, which cancels where k is most of a
 // sum: of exps only the largest logit is, of squares about the mean only the largest or the smallest. So these two,
 // the extremes, stay out of the sums over the rest, their complements are merged from it, and every other class is left out
 // of the whole. The penalty's gradient is then that of one RowGradient, the expectation of all, less at class k what k's
 // own has no business giving it: a RowGradient covers the complement of k, and the expectation added it everywhere.
+//
+// A step is a vector of the classes of one row, or, in a tile, one class of as many rows as there are lanes. U is the type of
+// what a row has one of: a number, or a vector of them.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels.h"
 #include "vec.h"
@@ -14,157 +19,208 @@ namespace fastsoftloss {
 namespace FSL_ISA {
 namespace {
 
-template <class T>
-struct ProbabilityRow {
+template <class T, class U>
+struct ProbabilityRows {
   using V = Vec<T>;
-  int64_t classes, padded;
-  T *z, *u, *exps, *own;  // padded with classes that are not there; own: what a class gets besides the RowGradient
-  int64_t extreme[2] = {-1, -1};
-  T z_of[2], u_of[2], v_of[2];  // of the extremes: logit, u, and u smoothed
+  int64_t steps;
+  T *z, *u, *exps, *own;        // a vector a step, the last one of a row padded with classes that are not there
+  U weight, scale;              // of the row, NaN where NaN or +inf, or no class at all, make all of it NaN
+  U z_of[2], u_of[2], v_of[2];  // of the extremes, the largest and the smallest: logit, u, and u smoothed
 
-  FSL_FN T smoothed(const Job<T>& job, T u, T w) const {
-    return T(1 - job.options.label_smoothing) * u + T(job.options.label_smoothing / job.options.classes) * w;
-  }
+  ProbabilityRows(T* memory, int64_t steps)
+      : steps(steps),
+        z(memory),
+        u(memory + steps * V::kLanes),
+        exps(memory + 2 * steps * V::kLanes),
+        own(memory + 3 * steps * V::kLanes) {}  // own: what a class gets besides the RowGradient, first -v
+};
 
-  // Read the row, and take the extremes out: the smallest only where a moment can be most of it. Returns false where NaN or
-  // +inf, or no class at all, make all of it NaN.
-  template <unsigned Needs>
-  FSL_LOOP bool read(const Job<T>& job, const Row<T>& row) {
-    gather(row.logits, job.storage, job.logits_step, z);
-    gather(row.probabilities, job.target_storage, job.target_step, u);
-    for (int64_t i = classes; i < padded; ++i) z[i] = -Limits<T>::infinity(), u[i] = 0;
-    if (job.class_weight)
-      for (int64_t i = 0; i < classes; ++i) u[i] *= job.class_weight[i];
-    const V inf(Limits<T>::infinity());
-    V most = V(0) - inf, least = inf, bad(0), first(0), last(0);  // with the vector of the first largest and the last smallest
-    for (int64_t i = 0; i < padded; i += V::kLanes) {
-      const V zi = V::load(z + i), at(T(i / V::kLanes));
-      first = select(most < zi, at, first);
-      most = max(zi, most);
-      if (Needs & kLogits) {
-        const V present = select(zi == V(0) - inf, inf, zi);
-        const auto above = least < present;
-        last = select(above, last, at);
-        least = select(above, least, present);
-      }
-      bad = bad + select(zi == zi, V(0), V(1));
+// The sum of a step's lanes where they belong to one row.
+template <class U, class T>
+FSL_FN U joined(Vec<T> v) {
+  if constexpr (std::is_same_v<U, T>)
+    return sum(v);
+  else
+    return v;
+}
+template <class U, class T>
+FSL_FN U largest(Vec<T> v) {
+  if constexpr (std::is_same_v<U, T>)
+    return maximum(v);
+  else
+    return v;
+}
+
+// Lane by lane: the largest logit and the step of the first one, the smallest and the step of the last; `bad` counts NaN.
+template <class T>
+struct Ends {
+  using V = Vec<T>;
+  V most{-Limits<T>::infinity()}, least{Limits<T>::infinity()}, first{0}, last{0}, bad{0};
+};
+
+template <unsigned Needs, class T>
+FSL_LOOP Ends<T> ends(const T* z, int64_t steps) {
+  using V = Vec<T>;
+  Ends<T> r;
+  const V inf(Limits<T>::infinity());
+  for (int64_t i = 0; i < steps; ++i) {
+    const V zi = V::load(z + i * V::kLanes), at = V(T(i));
+    r.first = select(r.most < zi, at, r.first);
+    r.most = max(zi, r.most);
+    if (Needs & kLogits) {
+      const V present = select(zi == V(0) - inf, inf, zi);
+      const auto above = r.least < present;
+      r.last = select(above, r.last, at);
+      r.least = select(above, r.least, present);
     }
-    const T top = maximum(most), bottom = -maximum(V(0) - least);
-    if (sum(bad) > 0 || !(top < Limits<T>::infinity()) || top == -Limits<T>::infinity()) return false;
-    T lanes[4][V::kLanes];
-    most.store(lanes[0]), first.store(lanes[1]), least.store(lanes[2]), last.store(lanes[3]);
-    extreme[0] = padded, extreme[1] = -1;
+    r.bad = r.bad + select(zi == zi, V(0), V(1));
+  }
+  return r;
+}
+
+// Read a row and take its extremes out: the smallest only where a moment can be most of it.
+template <unsigned Needs, class T>
+FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& to, int64_t (&extreme)[2]) {
+  using V = Vec<T>;
+  const int64_t padded = to.steps * V::kLanes;
+  const auto gather = [&](const char* from, Storage storage, int64_t step, T* values) {
+    if (step == bytes_of(storage)) return load_contiguous(from, storage, job.classes, values);
+    for (int64_t k = 0; k < job.classes; ++k) values[k] = load_one<T>(from + k * step, storage);
+  };
+  gather(row.logits, job.storage, job.logits_step, to.z);
+  gather(row.probabilities, job.target_storage, job.target_step, to.u);
+  if (job.class_weight)
+    for (int64_t k = 0; k < job.classes; ++k) to.u[k] *= job.class_weight[k];
+  const T keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
+  for (int64_t k = 0; k < job.classes; ++k) to.own[k] = -(keep * to.u[k] + even * (job.class_weight ? job.class_weight[k] : T(1)));
+  for (int64_t k = job.classes; k < padded; ++k) to.z[k] = -Limits<T>::infinity(), to.u[k] = to.own[k] = 0;
+
+  const Ends<T> found = ends<Needs>(to.z, to.steps);
+  const T top = maximum(found.most), bottom = -maximum(V(0) - found.least);
+  to.weight = row.row_weight, to.scale = row.scale * row.row_weight;
+  T lanes[4][V::kLanes];
+  found.most.store(lanes[0]), found.first.store(lanes[1]), found.least.store(lanes[2]), found.last.store(lanes[3]);
+  extreme[0] = padded, extreme[1] = -1;
+  if (sum(found.bad) > 0 || !(top < Limits<T>::infinity()) || top == -Limits<T>::infinity()) {
+    to.weight = to.scale = Limits<T>::quiet_NaN();
+    for (int64_t k = 0; k < job.classes; ++k) to.z[k] = 0;
+    extreme[0] = 0;
+  } else {
     for (int lane = 0; lane < V::kLanes; ++lane) {
       const int64_t f = int64_t(lanes[1][lane]) * V::kLanes + lane, l = int64_t(lanes[3][lane]) * V::kLanes + lane;
       if (lanes[0][lane] == top && f < extreme[0]) extreme[0] = f;
       if (Needs & kLogits && lanes[2][lane] == bottom && l > extreme[1]) extreme[1] = l;
     }
-    const int found = extreme[1] < 0 || extreme[0] == extreme[1] ? 1 : 2;
-    z_of[1] = -Limits<T>::infinity(), u_of[1] = v_of[1] = 0;
-    for (int i = 0; i < found; ++i) {
-      const int64_t k = extreme[i];
-      z_of[i] = z[k], u_of[i] = u[k], v_of[i] = smoothed(job, u[k], job.class_weight ? job.class_weight[k] : T(1));
-    }
-    for (int i = 0; i < found; ++i) z[extreme[i]] = -Limits<T>::infinity(), u[extreme[i]] = 0;
-    if (found == 1) extreme[1] = -1;
-    return true;
+    if (extreme[1] == extreme[0]) extreme[1] = -1;
   }
+  for (int i = 0; i < 2; ++i) {
+    const int64_t k = extreme[i];
+    to.z_of[i] = k < 0 ? -Limits<T>::infinity() : to.z[k], to.u_of[i] = k < 0 ? T(0) : to.u[k], to.v_of[i] = k < 0 ? T(0) : -to.own[k];
+    if (k >= 0) to.z[k] = -Limits<T>::infinity(), to.u[k] = to.own[k] = 0;
+  }
+}
 
- private:
-  FSL_FN void gather(const char* from, Storage storage, int64_t step, T* to) const {
-    if (step == bytes_of(storage)) return load_contiguous(from, storage, classes, to);
-    for (int64_t i = 0; i < classes; ++i) to[i] = load_one<T>(from + i * step, storage);
+// The same for a tile.
+template <unsigned Needs, class T>
+FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (&extreme)[2]) {
+  using V = Vec<T>;
+  const Job<T>& job = tile.job;
+  const int count = int(to.steps);
+  tile.load(0, count, reinterpret_cast<T(*)[V::kLanes]>(to.z));
+  tile.load(&Row<T>::probabilities, job.target_storage, job.target_step, 0, count, reinterpret_cast<T(*)[V::kLanes]>(to.u));
+
+  const Ends<T> found = ends<Needs>(to.z, to.steps);
+  const V none(-1), inf(Limits<T>::infinity());
+  const auto bad = (V(0) < found.bad) | (found.most == inf) | (found.most == V(0) - inf);
+  const V poison = select(bad, V(Limits<T>::quiet_NaN()), V(1));
+  to.weight = tile.each(&Row<T>::row_weight) * poison, to.scale = tile.each(&Row<T>::scale) * to.weight;
+  extreme[0] = select(bad, V(0), found.first);
+  extreme[1] = Needs & kLogits ? select(bad | (found.first == found.last), none, found.last) : none;
+  const T keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
+  for (int i = 0; i < 2; ++i) to.z_of[i] = V(0) - inf, to.u_of[i] = to.v_of[i] = V(0);
+  for (int k = 0; k < count; ++k) {
+    const T weight = job.class_weight ? job.class_weight[k] : T(1);
+    V z = select(bad, V(0), V::load(to.z + k * V::kLanes)), u = V::load(to.u + k * V::kLanes) * V(weight);
+    V v = V(keep) * u + V(even * weight);
+    for (int i = 0; i < 2; ++i) {
+      const auto here = extreme[i] == V(T(k));
+      to.z_of[i] = select(here, z, to.z_of[i]), to.u_of[i] = select(here, u, to.u_of[i]), to.v_of[i] = select(here, v, to.v_of[i]);
+      z = select(here, V(0) - inf, z), u = select(here, V(0), u), v = select(here, V(0), v);
+    }
+    z.store(to.z + k * V::kLanes), u.store(to.u + k * V::kLanes), (V(0) - v).store(to.own + k * V::kLanes);
   }
-};
+}
 
 // The moments of the rest, and the sums over the labels that cross-entropy wants.
-template <class T>
+template <class U>
 struct Rest {
-  RowMoments<T> moments;
-  T u, v, vx, v_masked;  // sums of u, of v, of v (m - z), and of v over the classes that are masked
+  RowMoments<U> moments;
+  U u, v, vx, v_masked;  // sums of u, of v, of v (m - z), and of v over the classes that are masked
 };
 
-template <class T, unsigned Needs>
-FSL_LOOP Rest<T> reduce(const Job<T>& job, const ProbabilityRow<T>& row, const Row<T>& next) {
+// next: the row or tile to come.
+template <unsigned Needs, class T, class U>
+FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
   using V = Vec<T>;
   Accumulator<T, Needs> acc;
-  for (int64_t i = 0; i < row.padded; i += V::kLanes) acc.look(V::load(row.z + i));
-  const T n = sum(acc.n), m = maximum(acc.m);
-  const T at = m == -Limits<T>::infinity() ? T(0) : m;
-  const T shift = Needs & kLogits ? sum(acc.total) / max(n, T(1)) - at : T(0);
+  for (int64_t i = 0; i < rows.steps; ++i) acc.look(V::load(rows.z + i * V::kLanes));
+  const U n = joined<U>(acc.n), m = largest<U>(acc.m), at = select(m == U(-Limits<T>::infinity()), U(0), m);
+  const U shift = Needs & kLogits ? joined<U>(acc.total) / max(n, U(1)) - at : U(0);
   acc.shift = V(shift);
-  const bool smooth = job.options.label_smoothing != 0;
   V u(0), v(0), vx(0), v_masked(0);
-  for (int64_t i = 0; i < row.padded; i += V::kLanes) {
-    const V zi = V::load(row.z + i), ui = V::load(row.u + i);
+  for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
+    const V zi = V::load(rows.z + i), ui = V::load(rows.u + i), vi = V(0) - V::load(rows.own + i);
     __builtin_prefetch(next.logits + i * sizeof(T));
     __builtin_prefetch(next.probabilities + i * sizeof(T));
-    acc.add(zi, V(at), ui).store(row.exps + i);
-    V vi = ui;
-    if (smooth) {
-      V w(1);
-      if (job.class_weight || i + V::kLanes > row.classes) {
-        T weight[V::kLanes] = {};
-        for (int l = 0; l < V::kLanes && i + l < row.classes; ++l) weight[l] = job.class_weight ? job.class_weight[i + l] : T(1);
-        w = V::load(weight);
-      }
-      vi = V(T(1 - job.options.label_smoothing)) * ui + V(T(job.options.label_smoothing / job.options.classes)) * w;
-      for (int64_t k : row.extreme)
-        if (k >= i && k < i + V::kLanes) {
-          T lanes[V::kLanes];
-          vi.store(lanes);
-          lanes[k - i] = 0;
-          vi = V::load(lanes);
-        }
-    }
+    acc.add(zi, V(at), ui).store(rows.exps + i);
     const auto there = zi > V(-Limits<T>::infinity());
     u = u + ui;
     v = v + vi;
     vx = vx + select(there, vi * (V(at) - zi), V(0));
     v_masked = v_masked + select(there, V(0), vi);
-    (V(0) - vi).store(row.own + i);
   }
-  return {moments<Needs>(acc, n, m, shift, [](V lanes) { return sum(lanes); }), sum(u), sum(v), sum(vx), sum(v_masked)};
+  return {moments<Needs>(acc, n, m, shift, [](V lanes) { return joined<U>(lanes); }), joined<U>(u), joined<U>(v), joined<U>(vx),
+          joined<U>(v_masked)};
 }
 
 // The moments of all classes, about their largest, less one of them that is no extreme.
-template <unsigned Needs, class T, class V>
-FSL_FN RowMoments<V> without(const RowMoments<T>& all, V x, V e) {
+template <unsigned Needs, class U, class V>
+FSL_FN RowMoments<V> without(const RowMoments<U>& all, V x, V e) {
   RowMoments<V> r;
-  r.n = V(all.n - T(1));
+  const U left = max(all.n - U(1), U(1));
+  r.n = V(all.n - U(1));
   r.m = V(all.m);
   r.s1 = V(all.s1) - e;
   if (Needs & kSquares) r.s2 = V(all.s2) - e * e;
   if (Needs & kEntropy) r.sx = V(all.sx) - e * x;
   if (Needs & kLogits) {
     const V d = x - V(all.mean);
-    r.mean = V(all.mean) - d * V(T(1) / max(all.n - T(1), T(1)));
-    r.m2 = V(all.m2) - d * d * V(all.n / max(all.n - T(1), T(1)));
+    r.mean = V(all.mean) - d * V(U(1) / left);
+    r.m2 = V(all.m2) - d * d * V(all.n / left);
   }
   return r;
 }
 
 // The penalty expected over the labels that are no extremes: its value, and the RowGradient about all.m. What a class must
 // not get of it goes to `own`. By value, and the penalty known: whatever no class changes is computed once.
-template <class T, Diversity D>
-FSL_LOOP Penalty<T> expected(LossOptions o, const ProbabilityRow<T>& row, RowMoments<T> all, T rest_m) {
+template <Diversity D, class T, class U>
+FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMoments<U> all, U rest_m) {
   using V = Vec<T>;
   constexpr unsigned kNeeds = moments_of(D);
   constexpr bool kUsesA = D != Diversity::logit_variance;
   o.diversity = D;
-  const T down = rest_m == -Limits<T>::infinity() ? T(0) : rest_m - all.m;
-  const V f(exp(max(down, T(-1000)))), inv_s1(T(1) / all.s1), zero(0), m(all.m), masked(-Limits<T>::infinity());
-  const T *const zs = row.z, *const us = row.u, *const exps = row.exps;
-  T* const own = row.own;
+  const U down = select(rest_m == U(-Limits<T>::infinity()), U(0), rest_m - all.m);
+  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), m(all.m), masked(-Limits<T>::infinity());
   V value(0), a(0), b(0), t(0), e0(0), e1(0);
-  for (int64_t i = 0; i < row.padded; i += V::kLanes) {
+  for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     uint64_t words[8], any = 0;
-    memcpy(words, us + i, 64);
+    memcpy(words, rows.u + i, 64);
     for (uint64_t word : words) any |= word;
     if (!any) continue;  // labels are often few
-    const V z = V::load(zs + i);
+    const V z = V::load(rows.z + i);
     const auto there = z > masked;
-    const V u = select(there, V::load(us + i), zero), x = select(there, z - m, zero), e = select(there, f * V::load(exps + i), zero);
+    const V u = select(there, V::load(rows.u + i), zero), x = select(there, z - m, zero);
+    const V e = select(there, f * V::load(rows.exps + i), zero);
     const auto rest = without<kNeeds>(all, x, e);
     const V p = e * inv_s1;
     const Penalty<V> d = penalty_of(rest, rest.s1 * inv_s1, p, o);
@@ -184,127 +240,152 @@ FSL_LOOP Penalty<T> expected(LossOptions o, const ProbabilityRow<T>& row, RowMom
       if (!kUsesA) e1 = e1 + u * g.e1, here = here + g.e1 * x;
     }
     if (D == Diversity::variance) here = here - g.label;
-    (V::load(own + i) - u * here).store(own + i);
+    (V::load(rows.own + i) - u * here).store(rows.own + i);
   }
-  Penalty<T> out;
-  out.value = sum(value);
-  out.gradient.a = sum(a), out.gradient.b = sum(b), out.gradient.t = sum(t);
-  out.gradient.e0 = sum(e0), out.gradient.e1 = sum(e1);
+  Penalty<U> out;
+  out.value = joined<U>(value);
+  out.gradient.a = joined<U>(a), out.gradient.b = joined<U>(b), out.gradient.t = joined<U>(t);
+  out.gradient.e0 = joined<U>(e0), out.gradient.e1 = joined<U>(e1);
   return out;
 }
 
-template <class T>
-FSL_FN Penalty<T> expected(const LossOptions& o, const ProbabilityRow<T>& row, const RowMoments<T>& all, T rest_m) {
+template <class T, class U>
+FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& rows, const RowMoments<U>& all, U rest_m) {
   switch (o.diversity) {
     case Diversity::logit_variance:
-      return expected<T, Diversity::logit_variance>(o, row, all, rest_m);
+      return expected<Diversity::logit_variance>(o, rows, all, rest_m);
     case Diversity::kl:
-      return expected<T, Diversity::kl>(o, row, all, rest_m);
+      return expected<Diversity::kl>(o, rows, all, rest_m);
     case Diversity::reverse_kl:
-      return expected<T, Diversity::reverse_kl>(o, row, all, rest_m);
+      return expected<Diversity::reverse_kl>(o, rows, all, rest_m);
     case Diversity::chi2:
-      return expected<T, Diversity::chi2>(o, row, all, rest_m);
+      return expected<Diversity::chi2>(o, rows, all, rest_m);
     case Diversity::variance:
-      return expected<T, Diversity::variance>(o, row, all, rest_m);
+      return expected<Diversity::variance>(o, rows, all, rest_m);
     default:
       return {};
   }
 }
 
-template <class T, unsigned Needs>
-FSL_LOOP RowLoss<T> finish(const Job<T>& job, const ProbabilityRow<T>& row, const Rest<T>& rest, const Row<T>& at) {
-  const LossOptions& o = job.options;
-  const auto &r = rest.moments, high = alone(row.z_of[0], T(0)), low = alone(row.z_of[1], T(0));
-  const RowMoments<T> complement[2] = {merge<Needs>(r, low), merge<Needs>(r, high)};
-  const RowMoments<T> all = merge<Needs>(complement[0], high);
-  const Margin<T> top = margin(complement[0], row.z_of[0]), bottom = margin(complement[1], row.z_of[1]);
-  const T step = r.n > T(0) ? r.m - row.z_of[0] : T(0), to_low = row.extreme[1] < 0 ? T(0) : row.z_of[0] - row.z_of[1];
+// The gradient is about the rest's m, with the extremes' own elements beside it: `label` the largest's, `other` the smallest's.
+template <unsigned Needs, class T, class U>
+FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest) {
+  const U zero(0), masked(-Limits<T>::infinity());
+  const auto &r = rest.moments, high = alone(rows.z_of[0], zero), low = alone(rows.z_of[1], zero);
+  const RowMoments<U> complement[2] = {merge<Needs>(r, low), merge<Needs>(r, high)};
+  const RowMoments<U> all = merge<Needs>(complement[0], high);
+  const Margin<U> top = margin(complement[0], rows.z_of[0]), bottom = margin(complement[1], rows.z_of[1]);
+  const auto some = r.n > zero, two = rows.z_of[1] > masked;
+  const U step = select(some, r.m - rows.z_of[0], zero), to_low = select(two, rows.z_of[0] - rows.z_of[1], zero);
 
-  const T v_others = rest.v + row.v_of[1], v = v_others + row.v_of[0], u = rest.u + row.u_of[0] + row.u_of[1];
-  const T lse = row.z_of[0] + top.ce, slope = T(2 * o.z_loss) * u * lse;
+  const U v_others = rest.v + rows.v_of[1], v = v_others + rows.v_of[0], u = rest.u + rows.u_of[0] + rows.u_of[1];
+  const U lse = rows.z_of[0] + top.ce, slope = U(T(2 * o.z_loss)) * u * lse;
   // sum of v_k (lse - z_k), each term positive where v is
-  T ce = v * top.ce + (rest.vx - (rest.v - rest.v_masked) * step) + row.v_of[1] * to_low;
-  if (rest.v_masked != T(0)) ce = Limits<T>::infinity();
+  U ce = v * top.ce + (rest.vx - (rest.v - rest.v_masked) * step) + rows.v_of[1] * to_low;
+  ce = select(rest.v_masked == zero, ce, U(Limits<T>::infinity()));
 
-  RowGradient<T> g;  // about r.m
-  g.a = (v + slope) * exp(max(step, T(-1000))) / all.s1;
-  T dz[2] = {v_others - v * top.s + slope * top.p, (v + slope) * bottom.p - row.v_of[1]};
-  T penalty(0);
-  if (o.diversity != Diversity::none && all.n > T(2)) {
-    const Penalty<T> most = expected(o, row, all, r.m);
+  RowGradient<U> g;
+  g.a = (v + slope) * exp(max(step, U(-1000))) / all.s1;
+  U dz[2] = {v_others - v * top.s + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
+  U penalty(0);
+  if (o.diversity != Diversity::none) {
+    const Penalty<U> most = expected(o, rows, all, r.m);
     penalty = most.value;
-    add(g, T(1), about(most.gradient, step));
+    add(g, U(1), about(most.gradient, step));
     for (int i = 0; i < 2; ++i) {
-      const Margin<T>& margin = i ? bottom : top;
-      const Penalty<T> d = penalty_of(complement[i], margin.s, margin.p, o);
-      penalty += row.u_of[i] * d.value;
-      if (r.n > T(0)) add(g, row.u_of[i], about(d.gradient, r.m - complement[i].m));
-      dz[i] += row.u_of[i] * d.gradient.label + slope_at(most.gradient, row.z_of[i] - all.m, T(0));
-      dz[1 - i] += row.u_of[i] * slope_at(d.gradient, row.z_of[1 - i] - complement[i].m, T(0));
+      const Margin<U>& margin = i ? bottom : top;
+      const Penalty<U> d = penalty_of(complement[i], margin.s, margin.p, o);
+      penalty = penalty + rows.u_of[i] * d.value;
+      add(g, rows.u_of[i], about(d.gradient, select(some, r.m - complement[i].m, zero)));
+      dz[i] = dz[i] + rows.u_of[i] * d.gradient.label + slope_at(most.gradient, rows.z_of[i] - all.m, zero);
+      const U from = select(two, rows.z_of[1 - i] - complement[i].m, masked);  // no class has an empty complement but the only one
+      dz[1 - i] = dz[1 - i] + rows.u_of[i] * slope_at(d.gradient, from, zero);
     }
   }
-  // a RowGradient says what a complement's class gets: the extremes, left out above, have theirs beside it
   g.label = dz[0], g.other = dz[1];
 
-  RowLoss<T> out;
-  const T scale = at.scale * at.row_weight;
+  RowLoss<U> out;
   out.loss = ce;
-  if (o.diversity_weight != 0) out.loss += T(o.diversity_weight) * penalty;
-  if (o.z_loss != 0) out.loss += T(o.z_loss) * u * lse * lse;
-  out.loss *= at.row_weight, out.cross_entropy = ce * at.row_weight, out.diversity = penalty * at.row_weight;
-  add(out.gradient, scale, g);
+  if (o.diversity_weight != 0) out.loss = out.loss + U(T(o.diversity_weight)) * penalty;
+  if (o.z_loss != 0) out.loss = out.loss + U(T(o.z_loss)) * u * lse * lse;
+  out.loss = out.loss * rows.weight, out.cross_entropy = ce * rows.weight, out.diversity = penalty * rows.weight;
+  add(out.gradient, rows.scale, g);
   return out;
 }
 
-template <class T>
-FSL_FN void write(const Job<T>& job, const Row<T>& at, const T* dz) {
-  if (job.gradient_step == bytes_of(job.storage)) return store_contiguous(dz, job.storage, job.classes, at.gradient);
-  for (int64_t k = 0; k < job.classes; ++k) store_one(dz[k], job.storage, at.gradient + k * job.gradient_step);
+// spread: one step.
+template <unsigned Needs, class T, class U>
+FSL_FN Vec<T> slope_of(const ProbabilityRows<T, U>& rows, const RowGradient<Vec<T>>& g, Vec<T> m, Vec<T> scale, int64_t i) {
+  using V = Vec<T>;
+  const V z = V::load(rows.z + i);
+  return slope<Needs>(g, z, z - m, V::load(rows.exps + i), V(0)) + scale * V::load(rows.own + i);
 }
 
-// spread: where it belongs, or into `own` and from there.
-template <class T, unsigned Needs>
-FSL_LOOP void spread(const Job<T>& job, const Row<T>& at, const ProbabilityRow<T>& row, const RowGradient<T>& g, T m) {
+// Where it belongs, or into `own` and from there.
+template <unsigned Needs, class T>
+FSL_LOOP void spread(const Job<T>& job, const Row<T>& at, const ProbabilityRows<T, T>& rows, const int64_t (&extreme)[2],
+                     const RowGradient<T>& g, T m) {
   using V = Vec<T>;
   const RowGradient<V> lanes = broadcast(g);
-  const V base(m), scale(at.scale * at.row_weight);
+  const V base(m), scale(rows.scale);
   const bool direct = holds<T>(job.storage) && job.gradient_step == int64_t(sizeof(T));
-  T* const out = direct ? reinterpret_cast<T*>(at.gradient) : row.own;
-  for (int64_t i = 0; i < row.padded; i += V::kLanes) {
-    const V z = V::load(row.z + i);
-    const V dz = slope<Needs>(lanes, z, z - base, V::load(row.exps + i), V(0)) + scale * V::load(row.own + i);
-    if (!direct || i + V::kLanes <= row.classes) {
+  T* const out = direct ? reinterpret_cast<T*>(at.gradient) : rows.own;
+  for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
+    const V dz = slope_of<Needs>(rows, lanes, base, scale, i);
+    if (!direct || i + V::kLanes <= job.classes) {
       dz.store(out + i);
     } else {
       T tail[V::kLanes];
       dz.store(tail);
-      memcpy(out + i, tail, (row.classes - i) * sizeof(T));
+      memcpy(out + i, tail, (job.classes - i) * sizeof(T));
     }
   }
   for (int i = 0; i < 2; ++i)
-    if (row.extreme[i] >= 0) out[row.extreme[i]] = i ? g.other : g.label;
-  if (!direct) write(job, at, out);
+    if (extreme[i] >= 0) out[extreme[i]] = i ? g.other : g.label;
+  if (direct) return;
+  if (job.gradient_step == bytes_of(job.storage)) return store_contiguous(out, job.storage, job.classes, at.gradient);
+  for (int64_t k = 0; k < job.classes; ++k) store_one(out[k], job.storage, at.gradient + k * job.gradient_step);
+}
+
+template <unsigned Needs, class T>
+FSL_LOOP void spread(const Tile<T>& tile, const ProbabilityRows<T, Vec<T>>& rows, const Vec<T> (&extreme)[2], const RowGradient<Vec<T>>& g,
+                     Vec<T> m) {
+  using V = Vec<T>;
+  for (int64_t k = 0; k < rows.steps; ++k) {
+    const V at = V(T(k)), dz = slope_of<Needs>(rows, g, m, rows.scale, k * V::kLanes);
+    select(extreme[0] == at, g.label, select(extreme[1] == at, g.other, dz)).store(rows.own + k * V::kLanes);
+  }
+  tile.store(0, int(rows.steps), reinterpret_cast<const T(*)[V::kLanes]>(rows.own));
 }
 
 template <class T, unsigned Needs>
 void probabilities(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) {
-  ProbabilityRow<T> row;
-  row.classes = job.classes;
-  row.padded = (job.classes + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes;
-  T* const memory = new T[4 * row.padded];
-  row.z = memory, row.u = memory + row.padded, row.exps = memory + 2 * row.padded, row.own = memory + 3 * row.padded;
-  for (int64_t r = begin; r < end; ++r) {
-    const Row<T> at = locate(job, r);
-    if (!row.template read<Needs>(job, at)) {
-      const T nan = Limits<T>::quiet_NaN();
-      record(job, r, RowLoss<T>{nan, nan, nan, {}}, sums);
-      for (int64_t k = 0; k < job.classes; ++k) row.own[k] = nan;
-      if (job.gradient) write(job, at, row.own);
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  const bool tiles = job.classes <= kTileClasses;
+  const int64_t steps = tiles ? job.classes : (job.classes + kLanes - 1) / kLanes;
+  T* const memory = new T[4 * steps * kLanes];
+  const int64_t stride = tiles ? kLanes : 1;
+  for (int64_t r = begin; r < end; r += stride) {
+    const Row<T> next = locate(job, r + stride < end ? r + stride : r);
+    if (tiles) {
+      const Tile<T> tile(job, r, min_of(r + kLanes, end));
+      ProbabilityRows<T, V> rows(memory, steps);
+      V extreme[2];
+      read<Needs>(tile, rows, extreme);
+      const auto rest = reduce<Needs>(rows, next);
+      const RowLoss<V> loss = finish<Needs>(job.options, rows, rest);
+      tile.record(r, loss.loss, loss.cross_entropy, loss.diversity, sums);
+      if (job.gradient) spread<Needs>(tile, rows, extreme, loss.gradient, rest.moments.m);
     } else {
-      const Rest<T> rest = reduce<T, Needs>(job, row, locate(job, r + 1 < end ? r + 1 : r));
-      const RowLoss<T> loss = finish<T, Needs>(job, row, rest, at);
+      const Row<T> row = locate(job, r);
+      ProbabilityRows<T, T> rows(memory, steps);
+      int64_t extreme[2];
+      read<Needs>(job, row, rows, extreme);
+      const auto rest = reduce<Needs>(rows, next);
+      const RowLoss<T> loss = finish<Needs>(job.options, rows, rest);
       record(job, r, loss, sums);
-      if (job.gradient) spread<T, Needs>(job, at, row, loss.gradient, rest.moments.m);
+      if (job.gradient) spread<Needs>(job, row, rows, extreme, loss.gradient, rest.moments.m);
     }
   }
   delete[] memory;
