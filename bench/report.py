@@ -31,6 +31,7 @@ import overhead
 import plots
 import torch
 import train
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -220,6 +221,21 @@ def contest(runs: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return plain, [label for label in ranked if grouped[label][0]["loss"].partition(":")[0] in losses.PENALTIES]
 
 
+def correlation(runs: list[dict[str, Any]]) -> str:
+    """Does a network's low diversity go with its survival, over all networks, and among those of like diversity?"""
+    groups = {
+        f"all {len(runs)} networks": runs,
+        "those of a diversity below 1": [record for record in runs if record["diversity"] < 1],
+        "those above": [record for record in runs if record["diversity"] >= 1],
+    }
+    parts = []
+    for name, mine in groups.items():
+        if len(mine) > 2:
+            rank = spearmanr([record["diversity"] for record in mine], [record["accuracy"]["strong"] for record in mine]).statistic
+            parts.append(f"{rank:.2f} over {name}" + ("" if mine is runs else f" ({len(mine)})"))
+    return f"Rank correlation (Spearman) of a network's diversity with its strong accuracy: {', '.join(parts)}." if parts else ""
+
+
 def verdict(runs: list[dict[str, Any]]) -> str:
     """Each penalty against the best of the weight-decayed controls, seed by seed."""
     plain, penalised = contest(runs)
@@ -347,6 +363,7 @@ def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Prot
             ),
             accuracy_table(mine),
             verdict(mine),
+            correlation(mine),
             autoattack_table(mine, networks, images, protocol, args.device),
             f"![{name}]({figure})",
         ]

@@ -51,6 +51,12 @@ def test_configurations() -> None:
             report.Configuration.parse(text)
 
 
+def test_correlation_is_of_ranks_and_by_group() -> None:
+    runs = [{"diversity": d, "accuracy": {"strong": s}} for d, s in ((0.1, 0.7), (0.2, 0.6), (0.9, 0.5), (3, 0.1), (20, 0.2), (400, 0.3))]
+    said = report.correlation(runs)
+    assert "-0.77 over all 6" in said and "-1.00 over those of a diversity below 1 (3), 1.00 over those above (3)" in said
+
+
 def test_overhead_shares(capsys: pytest.CaptureFixture[str]) -> None:
     overhead.main(["--batches", "16", "--classes", "10", "--rounds", "3", "--size", "1", "8", "8", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
