@@ -203,13 +203,25 @@ FSL_FN void record(const Job<T>& job, int64_t r, const RowLoss<T>& loss, LossSum
   }
 }
 
-template <class T, unsigned Needs>
-FSL_LOOP RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments) {
+// finish, of a row or of a tile: one copy in the object code, whatever moments there are; those that are not are 0.
+template <class U>
+FSL_LOOP RowLoss<U> finish_label(const RowMoments<U>& r, const U& z_y, const U& class_weight, const U& row_weight, const U& scale,
+                                 const LossOptions& o) {
+  return finish(r, z_y, class_weight, row_weight, scale, o);
+}
+template <class U>
+FSL_LOOP RowLoss<U> finish_labels(const RowMoments<U>& rest, const U (&z)[2], const U (&class_weight)[2], const U (&row_weight)[2],
+                                  const U& scale, const LossOptions& o) {
+  return finish_mixture<kAllMoments>(rest, z, class_weight, row_weight, scale, o);
+}
+
+template <class T>
+FSL_FN RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments) {
   const T z_y = load_one<T>(row.logits + row.label * job.logits_step, job.storage);
-  if (row.other < 0) return finish(moments, z_y, row.class_weight, row.row_weight, row.scale, job.options);
+  if (row.other < 0) return finish_label(moments, z_y, row.class_weight, row.row_weight, row.scale, job.options);
   const T z[2] = {z_y, load_one<T>(row.logits + row.other * job.logits_step, job.storage)};
   const T class_weight[2] = {row.class_weight, row.other_class_weight}, row_weight[2] = {row.row_weight, row.other_row_weight};
-  return finish_mixture<Needs>(moments, z, class_weight, row_weight, row.scale, job.options);
+  return finish_labels(moments, z, class_weight, row_weight, row.scale, job.options);
 }
 
 template <class T>
@@ -244,7 +256,7 @@ void one_row(const Job<T>& job, int64_t r, T* exps, LossSums<T>* sums) {
     part_m[p] = part.m;
     whole = p ? merge<Needs>(whole, part) : part;
   }
-  const RowLoss<T> loss = finish_at<T, Needs>(job, row, whole);
+  const RowLoss<T> loss = finish_at(job, row, whole);
   record(job, r, loss, sums);
   if (!job.gradient) return;
   for (int64_t b = 0, p = 0; b < count; b += step, ++p)
@@ -389,13 +401,13 @@ FSL_LOOP void take_out(const Tile<T>& tile, int64_t k, int count, T (*z)[Vec<T>:
 }
 
 // finish for lanes of which some have a second label.
-template <class T, unsigned Needs>
-FSL_LOOP RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const RowLoss<Vec<T>>& single) {
+template <class T>
+FSL_FN RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const RowLoss<Vec<T>>& single) {
   using V = Vec<T>;
   const V z[2] = {tile.logits_at(&Row<T>::label), tile.logits_at(&Row<T>::other)};
   const V class_weight[2] = {tile.each(&Row<T>::class_weight), tile.each(&Row<T>::other_class_weight)};
   const V row_weight[2] = {tile.each(&Row<T>::row_weight), tile.each(&Row<T>::other_row_weight)};
-  RowLoss<V> both = finish_mixture<Needs>(rest, z, class_weight, row_weight, tile.each(&Row<T>::scale), tile.job.options);
+  RowLoss<V> both = finish_labels(rest, z, class_weight, row_weight, tile.each(&Row<T>::scale), tile.job.options);
   const auto mixed = V(T(-1)) < tile.labels(0, &Row<T>::other);
   V* const to = &both.loss;
   const V* const from = &single.loss;
@@ -435,9 +447,9 @@ void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) 
     whole = k ? merge<Needs>(whole, part) : part;
   }
 
-  RowLoss<V> loss = finish(whole, tile.logits_at(&Row<T>::label), tile.each(&Row<T>::class_weight), tile.each(&Row<T>::row_weight),
-                           tile.each(&Row<T>::scale), job.options);
-  if (job.form == Form::mixture) loss = finish_mixtures<T, Needs>(tile, whole, loss);
+  RowLoss<V> loss = finish_label(whole, tile.logits_at(&Row<T>::label), tile.each(&Row<T>::class_weight), tile.each(&Row<T>::row_weight),
+                                 tile.each(&Row<T>::scale), job.options);
+  if (job.form == Form::mixture) loss = finish_mixtures(tile, whole, loss);
   const auto counts = V(T(-1)) < tile.labels(0);
   tile.record(begin, select(counts, loss.loss, V(0)), select(counts, loss.cross_entropy, V(0)), select(counts, loss.diversity, V(0)), sums);
   if (!job.gradient) return;
@@ -484,7 +496,7 @@ void finish_row(const Job<T>& job, int64_t r, RowMoments<T>* parts, RowGradient<
   const int64_t count = (job.classes + kPart - 1) / kPart;
   for (int64_t width = 1; width < count; width *= 2)  // pairwise: a million classes add up in eight roundings, not 245
     for (int64_t p = 0; p + width < count; p += 2 * width) parts[p] = merge<Needs>(parts[p], parts[p + width]);
-  const RowLoss<T> loss = finish_at<T, Needs>(job, row, parts[0]);
+  const RowLoss<T> loss = finish_at(job, row, parts[0]);
   record(job, r, loss, sums);
   *gradient = loss.gradient;
 }

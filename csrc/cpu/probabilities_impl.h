@@ -58,7 +58,7 @@ struct Ends {
   V most{-Limits<T>::infinity()}, least{Limits<T>::infinity()}, first{0}, last{0}, bad{0};
 };
 
-template <unsigned Needs, class T>
+template <bool kBoth, class T>
 FSL_LOOP Ends<T> ends(const T* z, int64_t steps) {
   using V = Vec<T>;
   Ends<T> r;
@@ -67,7 +67,7 @@ FSL_LOOP Ends<T> ends(const T* z, int64_t steps) {
     const V zi = V::load(z + i * V::kLanes), at = V(T(i));
     r.first = select(r.most < zi, at, r.first);
     r.most = max(zi, r.most);
-    if (Needs & kLogits) {
+    if (kBoth) {
       const V present = select(zi == V(0) - inf, inf, zi);
       const auto above = r.least < present;
       r.last = select(above, r.last, at);
@@ -78,8 +78,8 @@ FSL_LOOP Ends<T> ends(const T* z, int64_t steps) {
   return r;
 }
 
-// Read a row and take its extremes out: the smallest only where a moment can be most of it.
-template <unsigned Needs, class T>
+// Read a row and take its extremes out: the smallest only where it can be most of a moment.
+template <bool kBoth, class T>
 FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& to, int64_t (&extreme)[2]) {
   using V = Vec<T>;
   const int64_t padded = to.steps * V::kLanes;
@@ -95,7 +95,7 @@ FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& 
   for (int64_t k = 0; k < job.classes; ++k) to.own[k] = -(keep * to.u[k] + even * (job.class_weight ? job.class_weight[k] : T(1)));
   for (int64_t k = job.classes; k < padded; ++k) to.z[k] = -Limits<T>::infinity(), to.u[k] = to.own[k] = 0;
 
-  const Ends<T> found = ends<Needs>(to.z, to.steps);
+  const Ends<T> found = ends<kBoth>(to.z, to.steps);
   const T top = maximum(found.most), bottom = -maximum(V(0) - found.least);
   to.weight = row.row_weight, to.scale = row.scale * row.row_weight;
   T lanes[4][V::kLanes];
@@ -109,7 +109,7 @@ FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& 
     for (int lane = 0; lane < V::kLanes; ++lane) {
       const int64_t f = int64_t(lanes[1][lane]) * V::kLanes + lane, l = int64_t(lanes[3][lane]) * V::kLanes + lane;
       if (lanes[0][lane] == top && f < extreme[0]) extreme[0] = f;
-      if (Needs & kLogits && lanes[2][lane] == bottom && l > extreme[1]) extreme[1] = l;
+      if (kBoth && lanes[2][lane] == bottom && l > extreme[1]) extreme[1] = l;
     }
     if (extreme[1] == extreme[0]) extreme[1] = -1;
   }
@@ -121,7 +121,7 @@ FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& 
 }
 
 // The same for a tile.
-template <unsigned Needs, class T>
+template <bool kBoth, class T>
 FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (&extreme)[2]) {
   using V = Vec<T>;
   const Job<T>& job = tile.job;
@@ -129,13 +129,13 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
   tile.load(0, count, reinterpret_cast<T(*)[V::kLanes]>(to.z));
   tile.load(&Row<T>::probabilities, job.target_storage, job.target_step, 0, count, reinterpret_cast<T(*)[V::kLanes]>(to.u));
 
-  const Ends<T> found = ends<Needs>(to.z, to.steps);
+  const Ends<T> found = ends<kBoth>(to.z, to.steps);
   const V none(-1), inf(Limits<T>::infinity());
   const auto bad = (V(0) < found.bad) | (found.most == inf) | (found.most == V(0) - inf);
   const V poison = select(bad, V(Limits<T>::quiet_NaN()), V(1));
   to.weight = tile.each(&Row<T>::row_weight) * poison, to.scale = tile.each(&Row<T>::scale) * to.weight;
   extreme[0] = select(bad, V(0), found.first);
-  extreme[1] = Needs & kLogits ? select(bad | (found.first == found.last), none, found.last) : none;
+  extreme[1] = kBoth ? select(bad | (found.first == found.last), none, found.last) : none;
   const T keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
   for (int i = 0; i < 2; ++i) to.z_of[i] = V(0) - inf, to.u_of[i] = to.v_of[i] = V(0);
   for (int k = 0; k < count; ++k) {
@@ -267,13 +267,14 @@ FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& ro
   }
 }
 
-// The gradient is about the rest's m, with the extremes' own elements beside it: `label` the largest's, `other` the smallest's.
-template <unsigned Needs, class T, class U>
+// One copy in the object code, whatever moments there are; those that are not are 0. The gradient is about the rest's m, with the extremes'
+// own elements beside it: `label` the largest's, `other` the smallest's.
+template <class T, class U>
 FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest) {
   const U zero(0), masked(-Limits<T>::infinity());
   const auto &r = rest.moments, high = alone(rows.z_of[0], zero), low = alone(rows.z_of[1], zero);
-  const RowMoments<U> complement[2] = {merge<Needs>(r, low), merge<Needs>(r, high)};
-  const RowMoments<U> all = merge<Needs>(complement[0], high);
+  const RowMoments<U> complement[2] = {merge<kAllMoments>(r, low), merge<kAllMoments>(r, high)};
+  const RowMoments<U> all = merge<kAllMoments>(complement[0], high);
   const Margin<U> top = margin(complement[0], rows.z_of[0]), bottom = margin(complement[1], rows.z_of[1]);
   const auto some = r.n > zero, two = rows.z_of[1] > masked;
   const U step = select(some, r.m - rows.z_of[0], zero), to_low = select(two, rows.z_of[0] - rows.z_of[1], zero);
@@ -362,6 +363,7 @@ template <class T, unsigned Needs>
 void probabilities(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
+  constexpr bool kBoth = (Needs & kLogits) != 0;
   const bool tiles = job.classes <= kTileClasses;
   const int64_t steps = tiles ? job.classes : (job.classes + kLanes - 1) / kLanes;
   T* const memory = new T[4 * steps * kLanes];
@@ -372,18 +374,18 @@ void probabilities(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* s
       const Tile<T> tile(job, r, min_of(r + kLanes, end));
       ProbabilityRows<T, V> rows(memory, steps);
       V extreme[2];
-      read<Needs>(tile, rows, extreme);
+      read<kBoth>(tile, rows, extreme);
       const auto rest = reduce<Needs>(rows, next);
-      const RowLoss<V> loss = finish<Needs>(job.options, rows, rest);
+      const RowLoss<V> loss = finish(job.options, rows, rest);
       tile.record(r, loss.loss, loss.cross_entropy, loss.diversity, sums);
       if (job.gradient) spread<Needs>(tile, rows, extreme, loss.gradient, rest.moments.m);
     } else {
       const Row<T> row = locate(job, r);
       ProbabilityRows<T, T> rows(memory, steps);
       int64_t extreme[2];
-      read<Needs>(job, row, rows, extreme);
+      read<kBoth>(job, row, rows, extreme);
       const auto rest = reduce<Needs>(rows, next);
-      const RowLoss<T> loss = finish<Needs>(job.options, rows, rest);
+      const RowLoss<T> loss = finish(job.options, rows, rest);
       record(job, r, loss, sums);
       if (job.gradient) spread<Needs>(job, row, rows, extreme, loss.gradient, rest.moments.m);
     }
