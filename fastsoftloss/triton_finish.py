@@ -117,7 +117,11 @@ def _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS: tl.constexpr):
 @triton.jit
 def _labels(target_ptr, row, rows, stride, ignore_index, K):
     """(true class, does the row count, is its label good); a label that is not good reads as class 0."""
-    t = tl.load(target_ptr + row.to(tl.int64) * stride, mask=row < rows, other=0).to(tl.int64)
+    if row.shape[0] == 1:  # a scalar: a tensor would be loaded once for every layout that it is used in
+        only = tl.max(row, 0)
+        t = tl.load(target_ptr + only.to(tl.int64) * stride, mask=only < rows, other=0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    else:
+        t = tl.load(target_ptr + row.to(tl.int64) * stride, mask=row < rows, other=0).to(tl.int64)
     counted = (row < rows) & (t != ignore_index)
     good = (t >= 0) & (t < K)
     return tl.where(counted & good, t, 0).to(tl.int32), counted, good
@@ -126,6 +130,8 @@ def _labels(target_ptr, row, rows, stride, ignore_index, K):
 @triton.jit
 def _labels_once(target_ptr, row, rows, stride, ignore_index, K, COPIES: tl.constexpr):
     """``_labels`` by one load: a load of fewer elements than threads is repeated for every layout it is used in."""
+    if row.shape[0] == 1:
+        return _labels(target_ptr, row, rows, stride, ignore_index, K)
     copy = tl.expand_dims(tl.arange(0, COPIES), 0)
     first = (tl.expand_dims(row, 1) < rows) & (copy == 0)
     at = tl.expand_dims(row, 1).to(tl.int64) * stride + copy
@@ -175,7 +181,7 @@ def _cross_entropy(delta_high, delta_low, s1, inverse_s1, WANTS_LSE: tl.constexp
     """
     h = _exp_exact(-0.5 * tl.abs(delta_high))
     over = delta_high > 0  # whichever sign it has, e^-|margin| or what it would be is v
-    v = tl.where(over, h * inverse_s1 * h * (1.0 - delta_low), h * s1 * h * (1.0 + delta_low))
+    v = h * tl.where(over, inverse_s1, s1) * h * (1.0 + tl.where(over, -delta_low, delta_low))
     u = 1.0 + v
     inverse = 1.0 / u
     s = tl.where(over, 1.0, v) * inverse
@@ -272,17 +278,10 @@ def _finish(
 
     # as PyTorch: a logit of NaN or +inf makes a row NaN; so does a label out of range, whose gradient is zero
     nan = float("nan")
-    live = counted & good
-    ce = tl.where(counted, tl.where(bad | (good == 0), nan, ce * sample), 0.0)
-    div = tl.where(live, tl.where(bad, nan, div * sample), 0.0)
-    loss = tl.where(counted, tl.where(bad | (good == 0), nan, loss * sample), 0.0)
-    g = tl.where(bad, nan, sample)
-    a = tl.where(live, a * g, 0.0)
-    p = tl.where(live, p * g, 0.0)
-    e0 = tl.where(live, e0 * g, 0.0)
-    ew = tl.where(live, ew * g, 0.0)
-    g_y = tl.where(live, g_y * g, 0.0)
-    return loss, ce, div, a, p, e0, ew, g_y
+    # (a row that does not count is flat by here: nothing of it is infinite)
+    g = tl.where(counted & good, tl.where(bad, nan, sample), 0.0)
+    on = tl.where(counted & (good == 0), nan, g)
+    return loss * on, ce * on, div * g, a * g, p * g, e0 * g, ew * g, g_y * g
 
 
 # ---------------------------------------------------------------- spread
