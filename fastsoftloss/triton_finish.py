@@ -174,27 +174,31 @@ def _finite(m):
 
 
 @triton.jit
-def _cross_entropy(delta_high, delta_low, s1, inverse_s1, WANTS_LSE: tl.constexpr):
-    """(CE, 1 - p_y, p_y, log S1, log(1 + e^margin)) of the margin delta_high + delta_low + log S1.
+def _cross_entropy(delta_high, delta_low, s1, WANTS_LSE: tl.constexpr):
+    """(CE, 1 - p_y, p_y, 1/S1, log S1, log(1 + e^margin), is it NaN) of the margin delta_high + delta_low + log S1.
 
+    e^margin is taken as others : own, of which the larger is S1 or 1, so that one exponential and one reciprocal give all.
     WANTS_LSE: whether the two logarithms are wanted by themselves; if not they share one special function.
     """
     h = _exp_exact(-0.5 * tl.abs(delta_high))
-    over = delta_high > 0  # whichever sign it has, e^-|margin| or what it would be is v
-    v = h * tl.where(over, inverse_s1, s1) * h * (1.0 + tl.where(over, -delta_low, delta_low))
-    u = 1.0 + v
-    inverse = 1.0 / u
-    s = tl.where(over, 1.0, v) * inverse
-    p_y = tl.where(over, v, 1.0) * inverse
+    over = delta_high > 0
+    h_low = h * (1.0 + tl.where(over, -delta_low, delta_low))
+    others = tl.where(over, s1, h * s1 * h_low)
+    own = tl.where(over, h * h_low, 1.0)
+    both = others + own
+    r = 1.0 / (s1 * both)
+    inverse_s1 = both * r
+    inverse = s1 * r
+    v = tl.where(over, own * inverse_s1, others)
     if WANTS_LSE or s1.dtype == tl.float64:
         log_s1 = tl.log(s1)
         log1p = _log1p(v)
         ce = log1p + tl.where(over, delta_high + (delta_low + log_s1), 0.0)
     else:
-        log_s1 = tl.log(tl.where(over, s1 * u, u))
+        log_s1 = tl.log(both)
         log1p = tl.where(v <= 1.0, _log1p_near_zero(v), log_s1)
         ce = tl.where(over, delta_high + (delta_low + log_s1), log1p)
-    return ce, s, p_y, log_s1, log1p, v != v
+    return ce, others * inverse, own * inverse, inverse_s1, log_s1, log1p, v != v
 
 
 @triton.jit
@@ -209,8 +213,7 @@ def _finish(
     """
     zero = tl.zeros_like(s1)
     s1 = tl.where(s1 == 0.0, 1.0, s1)
-    inverse_s1 = 1.0 / s1
-    ce, s, p_y, log_s1, log1p, bad = _cross_entropy(d, error, s1, inverse_s1, SMOOTH or Z_LOSS)
+    ce, s, p_y, inverse_s1, log_s1, log1p, bad = _cross_entropy(d, error, s1, SMOOTH or Z_LOSS)
     bad = bad | (z_y == float("inf"))
 
     # cross-entropy with its smoothing

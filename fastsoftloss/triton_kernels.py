@@ -150,7 +150,7 @@ def resident(
             m = _max(z)
             base = _finite(m)
             x = z - _across(base)
-            e = _exp(x)
+            e = tl.where(exists, _exp(x), 0.0)
             s1_ = _sum(e)
             x = tl.where(others, x, 0.0)
             zero = tl.zeros_like(s1_)

@@ -415,14 +415,17 @@ def resident_rows(
                 edge_z = tl.load(z_ptr + _of_rows(z_row) + edge_c, mask=edge_there & reads, other=0.0).to(DTYPE)
             # ---- reduce
             z = chunks[0].to(DTYPE)
-            before = (B - begin - ((place >= begin) & (place < B)).to(tl.int32)).to(DTYPE)
+            first_has_y = (place >= begin) & (place < B)
+            inverse_n = tl.where(first_has_y, 1 / (B - 1), 1 / B)
+            if HEAD:  # a row begins at place 0 or START
+                inverse_n = tl.where(begin > 0, tl.where(first_has_y, 1 / (B - START - 1), 1 / (B - START)), inverse_n)
             if LOOK:
-                base = (_row_sum(z) - tl.where(place < B, z_y, 0.0) * (place >= begin).to(DTYPE)) / before
                 z_sum = z * 0.0
+                base = _row_sum(z) - tl.where(first_has_y, z_y, 0.0)
             else:
                 z_sum = tl.where(p == label, z, 0.0)
-                base = _row_sum(tl.where(p == label, 0.0, z)) / before
-            base = _marked(_base(base), 0)
+                base = _row_sum(tl.where(p == label, 0.0, z))
+            base = _marked(_base(base * inverse_n), 0)
             base_ = _of_rows(base)
             s1_, s2_, sx, d1, d2 = z, z, z, z, z
             xs = ()
