@@ -328,14 +328,38 @@ def _spread_holes(dz, x, w, a, ew, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def _inverse_divisor(shares_ptr, divisor_ptr, upstream_ptr, SHARES: tl.constexpr, DTYPE: tl.constexpr):
-    """[1]: one over what the mean divides by, where a gradient wants it: summed from its shares, or as the forward left it."""
+def _scale(
+    shares_ptr, divisor_ptr, upstream_ptr, SHARES: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, RESCALE: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """([1]: what all gradients are multiplied by, whether any is to be written).
+
+    The mean's divisor is summed from its shares, or as the forward left it. RESCALE: the forward's gradient stands where
+    nothing comes from above but 1.
+    """
+    scale = tl.full((1,), 1.0, DTYPE)
+    work = tl.program_id(0) >= 0
     if shares_ptr is not None:
-        return 1.0 / tl.sum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0, keep_dims=True)
+        scale = 1.0 / tl.sum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0, keep_dims=True)
     elif divisor_ptr is not None and upstream_ptr is not None:
-        return 1.0 / tl.load(divisor_ptr + tl.arange(0, 1))
-    else:
-        return tl.full((1,), 1.0, DTYPE)
+        scale = 1.0 / tl.load(divisor_ptr + tl.arange(0, 1))
+    if upstream_ptr is not None and not UPSTREAM_ROWS:
+        up = tl.load(upstream_ptr)
+        scale = scale * up
+        if RESCALE:
+            work = up != 1.0
+    return scale, work
+
+
+@triton.jit
+def _row_scale(scale, work, upstream_ptr, row, rows, stride, UPSTREAM_ROWS: tl.constexpr, RESCALE: tl.constexpr):
+    """``_scale`` for each row, by what comes from above for it."""
+    scale = tl.zeros(row.shape, scale.dtype) + scale
+    if upstream_ptr is not None and UPSTREAM_ROWS:
+        up = tl.load(upstream_ptr + row.to(tl.int64) * stride, mask=row < rows, other=1.0)
+        scale = scale * up
+        if RESCALE:
+            work = tl.max((up != 1.0).to(tl.int32), 0) != 0
+    return scale, work
 
 
 @triton.jit

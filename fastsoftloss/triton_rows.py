@@ -26,13 +26,14 @@ from fastsoftloss.triton_finish import (
     _finish,
     _finite,
     _fma,
-    _inverse_divisor,
     _keep_rows,
     _keep_totals,
     _labels,
     _labels_once,
     _offset,
+    _row_scale,
     _row_weights,
+    _scale,
     _spread,
     _spread_holes,
     _two_sum_error,
@@ -368,23 +369,12 @@ def resident_rows(
     acc_w = acc
     acc_ce = acc
     acc_div = acc
-    inverse = _inverse_divisor(shares_ptr, divisor_ptr, upstream_ptr, SHARES, DTYPE)
-    work = True
-    if upstream_ptr is not None and not UPSTREAM_ROWS:
-        up = tl.load(upstream_ptr)
-        inverse = inverse * up
-        if RESCALE:  # the forward's gradient stands where nothing comes from above but 1
-            work = up != 1.0
+    scale_all, work_all = _scale(shares_ptr, divisor_ptr, upstream_ptr, SHARES, UPSTREAM_ROWS, RESCALE, DTYPE)
 
     p = _positions(L, V)
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
-        scale = tl.zeros((R,), DTYPE) + inverse
-        if upstream_ptr is not None and UPSTREAM_ROWS:
-            up = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=row < rows, other=1.0)
-            scale = scale * up
-            if RESCALE:
-                work = tl.max((up != 1.0).to(tl.int32), 0) != 0
+        scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
         if work:
             y, counted, good = _labels_once(target_ptr, row, rows, target_stride, ignore_index, K, COPIES)
             w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
