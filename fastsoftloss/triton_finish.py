@@ -217,7 +217,8 @@ def _finish(
     bad = bad | (z_y == float("inf"))
 
     # cross-entropy with its smoothing
-    pull = w_y + zero  # what multiplies the gradient of the log-sum-exp
+    own = w_y + zero  # what the true class pulls at, and with it (pull) every class
+    pull = own
     g_y = zero
     ew = zero
     lse_less_base = zero
@@ -228,9 +229,10 @@ def _finish(
         eps = _option(smoothing, s1)
         ew = eps / K
         ce = (1.0 - eps) * ce + ew * (sw * lse_less_base - swx + ce)
-        pull = (1.0 - eps) * w_y + ew * (sw + w_y)
-        g_y = ew * sw
-    g_y -= pull * s
+        own = (1.0 - eps + ew) * w_y
+        pull = own + ew * sw
+        g_y = ew * sw * p_y
+    g_y -= own * s
     loss = ce
     a = pull * s
 

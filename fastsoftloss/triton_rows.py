@@ -285,7 +285,7 @@ def _finish_rows(
 ):  # fmt: skip
     """``_finish`` of moments in the units of x; what the gradient multiplies with x is in them again."""
     d, error = _margin(z_y, base)
-    d = tl.where(n == 0.0, -float("inf"), d)
+    d = tl.where(n == 0.0, -float("inf") - z_y, d)  # NaN where nothing at all is left
     base = tl.where(n == 0.0, 0.0, _natural(base))
     loss, ce, div, a, q, e0, ew, g_y = _finish(
         n, inverse_n, base, z_y, d, error, s1, s2, _natural(sx), _natural(mean), _natural2(m2), sw, _natural(swx),
