@@ -16,7 +16,7 @@ from fastsoftloss import ops, reference
 from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
 from fastsoftloss import triton_rows as long
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, outputs, plan
+from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, chunks_at_a_time, outputs, plan
 
 _NONE, _MEAN = (ops.REDUCTIONS.index(name) for name in ("none", "mean"))
 _LIMIT_INT32 = 2**31
@@ -262,7 +262,8 @@ def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, point
     place: dict[str, Any] = rows.arguments(False) | {"rows": rows.rows, "K": rows.classes, "DIMS": len(rows.sizes), "splits": chosen.splits}
     long.long_reduce[(chosen.programs,)](
         z_ptr=call.logits, moments_ptr=partial, chunks=chosen.a, **place, **call.labels(), **call.kinds(),
-        START=chosen.start, ALIGN=chosen.align, L=chosen.b, V=chosen.vector, TILE=4, BLOCK=32, num_warps=chosen.warps,
+        START=chosen.start, ALIGN=chosen.align, L=chosen.b, V=chosen.vector, TILE=chunks_at_a_time(call.logits.element_size()), BLOCK=32,
+        num_warps=chosen.warps,
     )  # fmt: skip
     width = triton.next_power_of_2(chosen.splits)
     block = max(1, 512 // width)
@@ -289,7 +290,8 @@ def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequen
             z_ptr=call.logits, g_ptr=dlogits, divisor_ptr=moments, saved_ptr=moments[1:], rows=rows.rows, K=rows.classes,
             splits=chosen.splits, chunks=chosen.a, smoothing=call.label_smoothing, REDUCTION=call.reduction,
             DIMS=len(rows.sizes), **rows.arguments(True), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
-            SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector, TILE=4, num_warps=chosen.warps,
+            SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector,
+            TILE=chunks_at_a_time(call.logits.element_size()), num_warps=chosen.warps,
         )  # fmt: skip
     return dlogits
 

@@ -117,7 +117,11 @@ def _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS: tl.constexpr):
 @triton.jit
 def _labels(target_ptr, row, rows, stride, ignore_index, K):
     """(true class, does the row count, is its label good); a label that is not good reads as class 0."""
-    t = tl.load(target_ptr + row.to(tl.int64) * stride, mask=row < rows, other=0).to(tl.int64)
+    if row.shape[0] == 1:  # a scalar: a tensor would be loaded once for every layout that it is used in
+        only = tl.max(row, 0)
+        t = tl.load(target_ptr + only.to(tl.int64) * stride, mask=only < rows, other=0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    else:
+        t = tl.load(target_ptr + row.to(tl.int64) * stride, mask=row < rows, other=0).to(tl.int64)
     counted = (row < rows) & (t != ignore_index)
     good = (t >= 0) & (t < K)
     return tl.where(counted & good, t, 0).to(tl.int32), counted, good
@@ -126,6 +130,8 @@ def _labels(target_ptr, row, rows, stride, ignore_index, K):
 @triton.jit
 def _labels_once(target_ptr, row, rows, stride, ignore_index, K, COPIES: tl.constexpr):
     """``_labels`` by one load: a load of fewer elements than threads is repeated for every layout it is used in."""
+    if row.shape[0] == 1:
+        return _labels(target_ptr, row, rows, stride, ignore_index, K)
     copy = tl.expand_dims(tl.arange(0, COPIES), 0)
     first = (tl.expand_dims(row, 1) < rows) & (copy == 0)
     at = tl.expand_dims(row, 1).to(tl.int64) * stride + copy
@@ -168,27 +174,31 @@ def _finite(m):
 
 
 @triton.jit
-def _cross_entropy(delta_high, delta_low, s1, inverse_s1, WANTS_LSE: tl.constexpr):
-    """(CE, 1 - p_y, p_y, log S1, log(1 + e^margin)) of the margin delta_high + delta_low + log S1.
+def _cross_entropy(delta_high, delta_low, s1, WANTS_LSE: tl.constexpr):
+    """(CE, 1 - p_y, p_y, 1/S1, log S1, log(1 + e^margin), is it NaN) of the margin delta_high + delta_low + log S1.
 
+    e^margin is taken as others : own, of which the larger is S1 or 1, so that one exponential and one reciprocal give all.
     WANTS_LSE: whether the two logarithms are wanted by themselves; if not they share one special function.
     """
     h = _exp_exact(-0.5 * tl.abs(delta_high))
-    over = delta_high > 0  # whichever sign it has, e^-|margin| or what it would be is v
-    v = tl.where(over, h * inverse_s1 * h * (1.0 - delta_low), h * s1 * h * (1.0 + delta_low))
-    u = 1.0 + v
-    inverse = 1.0 / u
-    s = tl.where(over, 1.0, v) * inverse
-    p_y = tl.where(over, v, 1.0) * inverse
+    over = delta_high > 0
+    h_low = h * (1.0 + tl.where(over, -delta_low, delta_low))
+    others = tl.where(over, s1, h * s1 * h_low)
+    own = tl.where(over, h * h_low, 1.0)
+    both = others + own
+    r = 1.0 / (s1 * both)
+    inverse_s1 = both * r
+    inverse = s1 * r
+    v = tl.where(over, own * inverse_s1, others)
     if WANTS_LSE or s1.dtype == tl.float64:
         log_s1 = tl.log(s1)
         log1p = _log1p(v)
         ce = log1p + tl.where(over, delta_high + (delta_low + log_s1), 0.0)
     else:
-        log_s1 = tl.log(tl.where(over, s1 * u, u))
+        log_s1 = tl.log(both)
         log1p = tl.where(v <= 1.0, _log1p_near_zero(v), log_s1)
         ce = tl.where(over, delta_high + (delta_low + log_s1), log1p)
-    return ce, s, p_y, log_s1, log1p, v != v
+    return ce, others * inverse, own * inverse, inverse_s1, log_s1, log1p, v != v
 
 
 @triton.jit
@@ -203,12 +213,12 @@ def _finish(
     """
     zero = tl.zeros_like(s1)
     s1 = tl.where(s1 == 0.0, 1.0, s1)
-    inverse_s1 = 1.0 / s1
-    ce, s, p_y, log_s1, log1p, bad = _cross_entropy(d, error, s1, inverse_s1, SMOOTH or Z_LOSS)
+    ce, s, p_y, inverse_s1, log_s1, log1p, bad = _cross_entropy(d, error, s1, SMOOTH or Z_LOSS)
     bad = bad | (z_y == float("inf"))
 
     # cross-entropy with its smoothing
-    pull = w_y + zero  # what multiplies the gradient of the log-sum-exp
+    own = w_y + zero  # what the true class pulls at, and with it (pull) every class
+    pull = own
     g_y = zero
     ew = zero
     lse_less_base = zero
@@ -219,9 +229,10 @@ def _finish(
         eps = _option(smoothing, s1)
         ew = eps / K
         ce = (1.0 - eps) * ce + ew * (sw * lse_less_base - swx + ce)
-        pull = (1.0 - eps) * w_y + ew * (sw + w_y)
-        g_y = ew * sw
-    g_y -= pull * s
+        own = (1.0 - eps + ew) * w_y
+        pull = own + ew * sw
+        g_y = ew * sw * p_y
+    g_y -= own * s
     loss = ce
     a = pull * s
 
@@ -272,17 +283,10 @@ def _finish(
 
     # as PyTorch: a logit of NaN or +inf makes a row NaN; so does a label out of range, whose gradient is zero
     nan = float("nan")
-    live = counted & good
-    ce = tl.where(counted, tl.where(bad | (good == 0), nan, ce * sample), 0.0)
-    div = tl.where(live, tl.where(bad, nan, div * sample), 0.0)
-    loss = tl.where(counted, tl.where(bad | (good == 0), nan, loss * sample), 0.0)
-    g = tl.where(bad, nan, sample)
-    a = tl.where(live, a * g, 0.0)
-    p = tl.where(live, p * g, 0.0)
-    e0 = tl.where(live, e0 * g, 0.0)
-    ew = tl.where(live, ew * g, 0.0)
-    g_y = tl.where(live, g_y * g, 0.0)
-    return loss, ce, div, a, p, e0, ew, g_y
+    # (a row that does not count is flat by here: nothing of it is infinite)
+    g = tl.where(counted & good, tl.where(bad, nan, sample), 0.0)
+    on = tl.where(counted & (good == 0), nan, g)
+    return loss * on, ce * on, div * g, a * g, p * g, e0 * g, ew * g, g_y * g
 
 
 # ---------------------------------------------------------------- spread
@@ -326,14 +330,38 @@ def _spread_holes(dz, x, w, a, ew, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def _inverse_divisor(shares_ptr, divisor_ptr, upstream_ptr, SHARES: tl.constexpr, DTYPE: tl.constexpr):
-    """[1]: one over what the mean divides by, where a gradient wants it: summed from its shares, or as the forward left it."""
+def _scale(
+    shares_ptr, divisor_ptr, upstream_ptr, SHARES: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, RESCALE: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """([1]: what all gradients are multiplied by, whether any is to be written).
+
+    The mean's divisor is summed from its shares, or as the forward left it. RESCALE: the forward's gradient stands where
+    nothing comes from above but 1.
+    """
+    scale = tl.full((1,), 1.0, DTYPE)
+    work = tl.program_id(0) >= 0
     if shares_ptr is not None:
-        return 1.0 / tl.sum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0, keep_dims=True)
+        scale = 1.0 / tl.sum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0, keep_dims=True)
     elif divisor_ptr is not None and upstream_ptr is not None:
-        return 1.0 / tl.load(divisor_ptr + tl.arange(0, 1))
-    else:
-        return tl.full((1,), 1.0, DTYPE)
+        scale = 1.0 / tl.load(divisor_ptr + tl.arange(0, 1))
+    if upstream_ptr is not None and not UPSTREAM_ROWS:
+        up = tl.load(upstream_ptr)
+        scale = scale * up
+        if RESCALE:
+            work = up != 1.0
+    return scale, work
+
+
+@triton.jit
+def _row_scale(scale, work, upstream_ptr, row, rows, stride, UPSTREAM_ROWS: tl.constexpr, RESCALE: tl.constexpr):
+    """``_scale`` for each row, by what comes from above for it."""
+    scale = tl.zeros(row.shape, scale.dtype) + scale
+    if upstream_ptr is not None and UPSTREAM_ROWS:
+        up = tl.load(upstream_ptr + row.to(tl.int64) * stride, mask=row < rows, other=1.0)
+        scale = scale * up
+        if RESCALE:
+            work = tl.max((up != 1.0).to(tl.int32), 0) != 0
+    return scale, work
 
 
 @triton.jit

@@ -18,12 +18,13 @@ from fastsoftloss.triton_finish import (
     _exp,
     _finish,
     _finite,
-    _inverse_divisor,
     _keep_rows,
     _keep_totals,
     _labels_once,
     _offset,
+    _row_scale,
     _row_weights,
+    _scale,
     _spread,
     _spread_holes,
     _two_sum_error,
@@ -93,24 +94,13 @@ def resident(
     acc_w = acc
     acc_ce = acc
     acc_div = acc
-    inverse = _inverse_divisor(shares_ptr, divisor_ptr, upstream_ptr, SHARES, DTYPE)
-    work = True
-    if upstream_ptr is not None and not UPSTREAM_ROWS:
-        up = tl.load(upstream_ptr)
-        inverse = inverse * up
-        if RESCALE:  # the forward's gradient stands where nothing comes from above but 1
-            work = up != 1.0
+    scale_all, work_all = _scale(shares_ptr, divisor_ptr, upstream_ptr, SHARES, UPSTREAM_ROWS, RESCALE, DTYPE)
 
     column = tl.expand_dims(tl.arange(0, A) * B, 1) + tl.expand_dims(tl.arange(0, B), 0)  # [A, B]
     column = tl.expand_dims(column, 1)  # [A, 1, B]
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
-        scale = tl.zeros((R,), DTYPE) + inverse
-        if upstream_ptr is not None and UPSTREAM_ROWS:
-            up = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=row < rows, other=1.0)
-            scale = scale * up
-            if RESCALE:
-                work = tl.max((up != 1.0).to(tl.int32), 0) != 0
+        scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
         if work:
             y, counted, good = _labels_once(target_ptr, row, rows, target_stride, ignore_index, K, COPIES)
             w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
@@ -150,7 +140,7 @@ def resident(
             m = _max(z)
             base = _finite(m)
             x = z - _across(base)
-            e = _exp(x)
+            e = tl.where(exists, _exp(x), 0.0)
             s1_ = _sum(e)
             x = tl.where(others, x, 0.0)
             zero = tl.zeros_like(s1_)

@@ -54,6 +54,11 @@ def fits(classes: int, itemsize: int) -> bool:
     return classes <= (4096 if itemsize == 8 else 16384)
 
 
+def chunks_at_a_time(itemsize: int) -> int:
+    """Chunks of a row that does not fit that are read together; more doubles would spill."""
+    return 4 if itemsize < 8 else 2
+
+
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward writes the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]

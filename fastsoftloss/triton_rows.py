@@ -26,13 +26,14 @@ from fastsoftloss.triton_finish import (
     _finish,
     _finite,
     _fma,
-    _inverse_divisor,
     _keep_rows,
     _keep_totals,
     _labels,
     _labels_once,
     _offset,
+    _row_scale,
     _row_weights,
+    _scale,
     _spread,
     _spread_holes,
     _two_sum_error,
@@ -124,6 +125,14 @@ def _natural(x):
         return x
     else:
         return x * LN2
+
+
+@triton.jit
+def _natural2(x2):
+    if x2.dtype == tl.float64:
+        return x2
+    else:
+        return x2 * (LN2 * LN2)
 
 
 @triton.jit
@@ -276,10 +285,10 @@ def _finish_rows(
 ):  # fmt: skip
     """``_finish`` of moments in the units of x; what the gradient multiplies with x is in them again."""
     d, error = _margin(z_y, base)
-    d = tl.where(n == 0.0, -float("inf"), d)
+    d = tl.where(n == 0.0, -float("inf") - z_y, d)  # NaN where nothing at all is left
     base = tl.where(n == 0.0, 0.0, _natural(base))
     loss, ce, div, a, q, e0, ew, g_y = _finish(
-        n, inverse_n, base, z_y, d, error, s1, s2, _natural(sx), _natural(mean), _natural(_natural(m2)), sw, _natural(swx),
+        n, inverse_n, base, z_y, d, error, s1, s2, _natural(sx), _natural(mean), _natural2(m2), sw, _natural(swx),
         w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss, KIND, SMOOTH, Z_LOSS,
     )  # fmt: skip
     if KIND == LOGIT_VARIANCE or KIND == KL:
@@ -308,6 +317,25 @@ def _spread_any(
 @triton.jit
 def _or(a, b):
     return a | b
+
+
+@triton.jit
+def _chunks_of(place, stop, B: tl.constexpr):
+    """Which chunks of B places hold one of ``place`` [R], for ``_holds``: a bit for each, or the chunk of the only row."""
+    chunk = place // B
+    there = (place >= 0) & (place < stop)
+    if place.shape[0] == 1:
+        return tl.max(tl.where(there, chunk, -1), 0)
+    else:
+        return tl.reduce(tl.where(there, 1 << chunk, 0), 0, _or)
+
+
+@triton.jit
+def _holds(chunks, i, R: tl.constexpr):
+    if R == 1:
+        return chunks == i
+    else:
+        return (chunks >> i) & 1 != 0
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -341,23 +369,12 @@ def resident_rows(
     acc_w = acc
     acc_ce = acc
     acc_div = acc
-    inverse = _inverse_divisor(shares_ptr, divisor_ptr, upstream_ptr, SHARES, DTYPE)
-    work = True
-    if upstream_ptr is not None and not UPSTREAM_ROWS:
-        up = tl.load(upstream_ptr)
-        inverse = inverse * up
-        if RESCALE:  # the forward's gradient stands where nothing comes from above but 1
-            work = up != 1.0
+    scale_all, work_all = _scale(shares_ptr, divisor_ptr, upstream_ptr, SHARES, UPSTREAM_ROWS, RESCALE, DTYPE)
 
     p = _positions(L, V)
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
-        scale = tl.zeros((R,), DTYPE) + inverse
-        if upstream_ptr is not None and UPSTREAM_ROWS:
-            up = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=row < rows, other=1.0)
-            scale = scale * up
-            if RESCALE:
-                work = tl.max((up != 1.0).to(tl.int32), 0) != 0
+        scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
         if work:
             y, counted, good = _labels_once(target_ptr, row, rows, target_stride, ignore_index, K, COPIES)
             w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
@@ -369,8 +386,8 @@ def resident_rows(
             place = y - first  # of the true class
             if LOOK:
                 z_y = tl.load(z_ptr + z_row + y, mask=live, other=0.0).to(DTYPE)
-            holds = tl.reduce(tl.where((place >= 0) & (place < A * B), tl.full((R,), 1, tl.int32) << (place // B), 0), 0, _or)
-            at = _of_rows(low)
+            holds = _chunks_of(place, A * B, B)
+            z_at = z_ptr + (_of_rows(low) + p)
             label = _of_rows(place)
             first_, begin_, end_ = _of_rows(first), _of_rows(begin), _of_rows(end)
             # ---- load
@@ -381,21 +398,24 @@ def resident_rows(
                     inside = inside & (p >= begin_)
                 if (i + 1) * B > MIN_END:
                     inside = inside & (p + i * B < end_)
-                chunks = chunks + (tl.load(z_ptr + at + (p + i * B), mask=inside, other=0.0),)
+                chunks = chunks + (tl.load(z_at + i * B, mask=inside, other=0.0),)
             if EDGES:
                 edge_c, edge_there = _edges(first_, end_, K, ALIGN, L)
                 edge_others = edge_there & (edge_c != label + first_)
                 edge_z = tl.load(z_ptr + _of_rows(z_row) + edge_c, mask=edge_there & reads, other=0.0).to(DTYPE)
             # ---- reduce
             z = chunks[0].to(DTYPE)
-            before = (B - begin - ((place >= begin) & (place < B)).to(tl.int32)).to(DTYPE)
+            first_has_y = (place >= begin) & (place < B)
+            inverse_n = tl.where(first_has_y, 1 / (B - 1), 1 / B)
+            if HEAD:  # a row begins at place 0 or START
+                inverse_n = tl.where(begin > 0, tl.where(first_has_y, 1 / (B - START - 1), 1 / (B - START)), inverse_n)
             if LOOK:
-                base = (_row_sum(z) - tl.where(place < B, z_y, 0.0) * (place >= begin).to(DTYPE)) / before
                 z_sum = z * 0.0
+                base = _row_sum(z) - tl.where(first_has_y, z_y, 0.0)
             else:
                 z_sum = tl.where(p == label, z, 0.0)
-                base = _row_sum(tl.where(p == label, 0.0, z)) / before
-            base = _marked(_base(base), 0)
+                base = _row_sum(tl.where(p == label, 0.0, z))
+            base = _marked(_base(base * inverse_n), 0)
             base_ = _of_rows(base)
             s1_, s2_, sx, d1, d2 = z, z, z, z, z
             xs = ()
@@ -407,7 +427,7 @@ def resident_rows(
                     x = tl.where(p >= begin_, x, 0.0)
                 if (i + 1) * B > MIN_END:
                     x = tl.where(p + i * B < end_, x, 0.0)
-                if (holds >> i) & 1 != 0:
+                if _holds(holds, i, R):
                     if not LOOK and i > 0:
                         z_sum += tl.where(p == label - i * B, z, 0.0)
                     x = tl.where(p == label - i * B, 0.0, x)
@@ -495,6 +515,8 @@ def resident_rows(
                         )  # fmt: skip
                 else:
                     w = None
+                    # where the strides are the same a step is a constant, and a part of the instruction
+                    g_to = g_ptr + (_of_rows(low) + p if SAME else g_at + (p + first_) * tc)
                     for i in tl.static_range(A):
                         inside = writes
                         if i == 0 and HEAD:
@@ -504,10 +526,9 @@ def resident_rows(
                         if SMOOTH and weight_ptr is not None:
                             w = tl.load(weight_ptr + (p + i * B + first_), mask=inside, other=0.0)
                         dz = _spread(xs[i], es[i], w, a, q, e0, ew, KIND, SMOOTH)
-                        if (holds >> i) & 1 != 0:
+                        if _holds(holds, i, R):
                             dz = tl.where(p == label - i * B, g_y, dz)
-                        to = at + (p + i * B) if SAME else g_at + (p + i * B + first_) * tc
-                        tl.store(g_ptr + to, dz.to(g_ptr.dtype.element_ty), mask=inside)
+                        tl.store(g_to + i * B * (1 if SAME else tc), dz.to(g_ptr.dtype.element_ty), mask=inside)
                     if EDGES:
                         if SMOOTH and weight_ptr is not None:
                             w = tl.load(weight_ptr + edge_c, mask=edge_there, other=0.0)
@@ -536,6 +557,14 @@ def _read(z_ptr, at, place, sc, inside, ALIGN: tl.constexpr, DTYPE: tl.constexpr
 def _lanes(t):
     """[1, L, V] -> [L]"""
     return tl.sum(tl.sum(t, 2), 0)
+
+
+@triton.jit
+def _lane_counts(begin, end, label, L: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr):
+    """[L]: how many of each lane's V places lie in begin..end, the true class's left out."""
+    at = tl.arange(0, L) * V
+    n = tl.minimum(tl.maximum(end - at, 0), V) - tl.minimum(tl.maximum(begin - at, 0), V)
+    return (n - ((label >= begin) & (label < end) & (label - at >= 0) & (label - at < V)).to(tl.int32)).to(DTYPE)
 
 
 @triton.jit
@@ -612,7 +641,7 @@ def long_reduce(
     y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
     live = counted & good
     one = tl.zeros((1,), DTYPE)
-    n, m, sum1, sum2, sumx, mean, m2, sw, swx = one, one - inf, one, one, one, one, one, one, one
+    n, m, sum1, sum2, sumx, mean, m2, sw, swx = one, one, one, one, one, one, one, one, one
     if tl.max(live.to(tl.int32), 0) != 0:
         z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
         low, first, begin, end = _window(z_row, K, START, ALIGN)
@@ -634,32 +663,35 @@ def long_reduce(
         z = _read(z_ptr, at, q, sc, others, ALIGN, DTYPE)
         others = others & (q != label)
         z = tl.where(others, z, 0.0)
-        base = tl.sum(_row_sum(z), 0) / tl.maximum(tl.sum(_row_sum(others.to(tl.float32)), 0), 1.0).to(DTYPE) + lane
+        from_place = from_chunk * B
+        block_n = _lane_counts(begin - from_place, tl.minimum(end - from_place, B), place - from_place, L, V, DTYPE)
+        base = tl.sum(_row_sum(z), 0) / tl.maximum(tl.sum(block_n, 0), 1.0) + lane
         base = _marked(_base(base), 0)
         x = tl.where(others, _x(z, tl.expand_dims(tl.expand_dims(base, 0), 2)), 0.0)
         block = _add(zero, zero, zero, zero, zero, x, tl.where(others, _power(x), 0.0), KIND, SMOOTH)
         lane_n = lane
         lane_1, lane_2, lane_x, lane_d1, lane_d2 = lane, lane, lane, lane, lane
-        block_n = _lanes(tl.where(others, zero + 1.0, 0.0))
         whole = from_chunk + 1 + max(min(to_chunk, tl.min(end, 0) // B) - from_chunk - 1, 0) // TILE * TILE
+        step = 1 if ALIGN > 0 else tl.cast(sc, tl.int64)
+        lane_at = p if ALIGN > 0 else p.to(tl.int64) * sc
         for start in range(from_chunk + 1, whole, BLOCK):
             base_ = tl.expand_dims(tl.expand_dims(base, 0), 2)
             for tile in range(start, min(start + BLOCK, whole), TILE):
-                z_at = z_ptr + (at + tl.cast(tile, tl.int64) * B * (1 if ALIGN > 0 else sc))
+                z_at = z_ptr + (at + tl.cast(tile, tl.int64) * B * step) + lane_at
+                xs = ()
                 for i in tl.static_range(TILE):
-                    if ALIGN > 0:
-                        z = tl.load(z_at + (p + i * B)).to(DTYPE)
-                    else:
-                        z = tl.load(z_at + (p + i * B).to(tl.int64) * sc).to(DTYPE)
-                    x = _x(z, base_)
-                    if tile + i == label_chunk:
-                        is_y = p == label - (tile + i) * B
-                        x = tl.where(is_y, 0.0, x)
-                        stand_in = _lanes(tl.where(is_y, zero + 1.0, 0.0))
-                        block_n -= stand_in
-                        lane_1 -= stand_in
-                        lane_2 -= stand_in
-                    block = _add(block[0], block[1], block[2], block[3], block[4], x, _power(x), KIND, SMOOTH)
+                    xs = xs + (_x(tl.load(z_at + i * B * step).to(DTYPE), base_),)
+                if (label_chunk >= tile) & (label_chunk < tile + TILE):
+                    rest = ()
+                    for i in tl.static_range(TILE):
+                        rest = rest + (tl.where(p == label - (tile + i) * B, 0.0, xs[i]),)
+                    xs = rest
+                    stand_in = (tl.arange(0, L) == place % B // V).to(DTYPE)
+                    block_n -= stand_in
+                    lane_1 -= stand_in
+                    lane_2 -= stand_in
+                for i in tl.static_range(TILE):
+                    block = _add(block[0], block[1], block[2], block[3], block[4], xs[i], _power(xs[i]), KIND, SMOOTH)
                 block_n += TILE * V
             lane_n, base, lane_1, lane_2, lane_x, lane_d1, lane_d2 = _fold(
                 lane_n, base, lane_1, lane_2, lane_x, lane_d1, lane_d2, block_n, block, KIND
@@ -674,7 +706,7 @@ def long_reduce(
             others = others & (q != label)
             x = tl.where(others, _x(z, base_), 0.0)
             block = _add(block[0], block[1], block[2], block[3], block[4], x, tl.where(others, _power(x), 0.0), KIND, SMOOTH)
-            block_n += _lanes(tl.where(others, zero + 1.0, 0.0))
+            block_n += _lane_counts(begin - chunk * B, end - chunk * B, place - chunk * B, L, V, DTYPE)
         if START * 2 < ALIGN:
             if (split == 0) | last:
                 c = tl.where(p < ALIGN, p, p - ALIGN + first_ + end_)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import cuda_mode
 import pytest
 import torch
-from agreement import DIVERSITIES, agree
+from conftest import DIVERSITIES, agree
 from torch import Tensor
 
 from fastsoftloss import functional, ops
@@ -51,9 +51,9 @@ def test_every_penalty_with_every_option(classes: int, dtype: torch.dtype, diver
     target[1] = -100
     options = dict(diversity=diversity, upstream=2.0, sample_weight=torch.rand(3) + 0.5)
     agree("cuda", logits, target, **options, **EVERYTHING)
-    agree("cuda", logits, target, torch.rand(classes) + 0.5, **options, **EVERYTHING | {"label_smoothing": 0.0})
+    agree("cuda", logits, target, weight=torch.rand(classes) + 0.5, **options, **EVERYTHING | {"label_smoothing": 0.0})
     if classes < 1000:
-        agree("cuda", logits, target, torch.rand(classes) + 0.5, **options, **EVERYTHING)
+        agree("cuda", logits, target, weight=torch.rand(classes) + 0.5, **options, **EVERYTHING)
 
 
 def test_rows_of_any_alignment() -> None:

@@ -15,6 +15,7 @@ from conftest import BACKENDS, DIVERSITIES, RELATIVE, assert_near, assert_true, 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_mode import INTERPRETED
 
 from fastsoftloss import functional
 
@@ -131,7 +132,10 @@ def check(case: Case, backend: str) -> None:
     options = {name: value for name, value in case.options.items() if name != "upstream"}
     with torch.no_grad():  # the moments pass alone
         loss = functional.cross_entropy(case.logits, case.target, backend=backend, **options)
-    assert torch.equal(loss.nan_to_num(nan=0.5), got.loss.nan_to_num(nan=0.5)), "another loss where no gradient is wanted"
+    if backend == "triton":  # summed in another order
+        assert_true(got._replace(loss=loss), case.logits, case.target, **case.options)
+    else:
+        assert torch.equal(loss.nan_to_num(nan=0.5), got.loss.nan_to_num(nan=0.5)), "another loss where no gradient is wanted"
 
 
 @settings(max_examples=400)
@@ -146,7 +150,7 @@ def test_long_rows(case):
     check(case, "cpu")
 
 
-@settings(max_examples=60)
+@settings(max_examples=20 if INTERPRETED else 60)
 @given(case=cases(CLASSES[:8]), backend=st.sampled_from([name for name in BACKENDS if name != "cpu"]))
 def test_the_other_backends(case, backend):
     check(case, backend)

@@ -5,14 +5,15 @@ Runs compiled (PTX executed in ptxsim; evidence: simulated) and, from test_trito
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
-from agreement import DIVERSITIES, agree
+from conftest import DIVERSITIES, agree
 from torch import Tensor
-from triton_mode import INTERPRETED, ULPS, device
+from triton_mode import INTERPRETED, copies_may_differ, device
 
 from fastsoftloss import functional, ops
 
@@ -35,17 +36,18 @@ def batch(rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> tuple[T
 
 
 def check(logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: object) -> None:
-    agree("triton", logits, target, weight, ulps=ULPS, alone=INTERPRETED, **options)
+    agree("triton", logits, target, weight=weight, alone=INTERPRETED, **options)
 
 
 # each case costs the interpreter seconds where rows are long, and the simulator a compilation or three
-INTERPRETED_CASES = [(k, t) for k in CLASSES for t in (F32, BF16, F16) if k <= 4096 or t is F32]
-SIMULATED_CASES = [(k, BF16) for k in CLASSES] + [(k, t) for k in (10, 1003, 50257) for t in (F32, F16)]
+INTERPRETED_CASES = [(k, t) for k in CLASSES for t in (F32, BF16, F16) if k <= 4096]
+SIMULATED_CASES = [(k, BF16) for k in (*CLASSES, 16384)] + [(k, t) for k in (10, 1003, 50257) for t in (F32, F16)]
 
 
 @pytest.mark.parametrize(("classes", "dtype"), INTERPRETED_CASES if INTERPRETED else SIMULATED_CASES)
 def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
-    logits, target = batch(3 if classes > 256 else 300, classes, dtype)
+    # 16384: the widest rows that fit
+    logits, target = batch(3 if classes > 256 else 100 if INTERPRETED else 300, classes, dtype)
     target[1] = -100
     check(logits, target)
 
@@ -53,7 +55,7 @@ def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("classes", "dtype", "diversity"),
     list(itertools.product((10,), (BF16,), DIVERSITIES))
-    + list(itertools.product((1003,), (F32,), DIVERSITIES if INTERPRETED else ("kl", "variance")))
+    + list(itertools.product((1003,), (F32,), ("kl", "variance")))
     + list(itertools.product((20000,), (BF16,), DIVERSITIES if INTERPRETED else ("chi2", "reverse_kl", "kl"))),
 )
 def test_every_penalty_with_every_option(diversity: str | None, classes: int, dtype: torch.dtype) -> None:
@@ -129,12 +131,11 @@ def test_margins_and_offsets(diversity: str | None, classes: int) -> None:
         check(logits + offset, target, diversity=diversity, diversity_weight=0.0 if diversity is None else 1e-3, reduction="none")
 
 
-# the simulator's NaNs differ in their payload from lane to lane, which it takes for a race between a long row's warps
-@pytest.mark.parametrize("classes", [6, 1003, 20000] if INTERPRETED else [6, 1003])
+@pytest.mark.parametrize("classes", [6, 1003, 20000])
 def test_extreme_logits(classes: int) -> None:
     inf = torch.inf
     every: list[dict[str, object]] = [{}, {"diversity": "kl", "label_smoothing": 0.1}, {"diversity": "reverse_kl", "z_loss": 0.1}]
-    for options in every if INTERPRETED else every[:1]:
+    for options in every:
         logits, target = batch(12, classes, F32)
         target[:] = 2
         logits[0, 0] = inf
@@ -150,7 +151,9 @@ def test_extreme_logits(classes: int) -> None:
         logits[9] = -inf
         target[9] = -100
         logits[10, classes // 2 :] = 200.0
-        check(logits, target, reduction="none", **options)
+        # a NaN's sign and payload are those of either operand in the simulator, and so not the same in all lanes of a long row
+        with copies_may_differ() if classes > 10_000 else contextlib.nullcontext():
+            check(logits, target, reduction="none", **options)
 
 
 @pytest.mark.parametrize("classes", [6, 1003, 20000])
@@ -210,17 +213,10 @@ def test_bitwise_the_same_again_and_few_launches(classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [10, 1003, 20000])
 def test_noise_in_approximate_instructions(classes: int) -> None:
-    sim = device()
-    if sim is None:
+    if INTERPRETED:
         pytest.skip("the interpreter has no approximate instructions")
-    logits, target = batch(4, classes, F32)
-    # each lane has its own noise, so copies of one value differ, which is no race on a device
-    sim.options |= {"approx_noise": 1.0, "racecheck": False}
-    try:
-        check(logits, target)
-    finally:
-        del sim.options["approx_noise"]
-        sim.options["racecheck"] = True
+    with copies_may_differ(approx_noise=1.0):  # each lane has its own noise
+        check(*batch(4, classes, F32))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the simulator copies what a tensor views")

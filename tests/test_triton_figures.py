@@ -15,16 +15,23 @@ DEFAULT = (None, None, -100, ops.REDUCTIONS.index("mean"), 0.0, ops.DIVERSITIES.
 # classes: (traffic over the minimum: forward, backward, fused), (instructions an element: the same), in bfloat16.
 # The minimum: logits and labels read once, and the gradient written once where there is one.
 CEILINGS = {
-    10: ((1.05, 1.05, 1.3), (45, 50, 65)),
-    100: ((1.03, 1.03, 1.05), (33, 38, 45)),
-    1000: ((1.03, 1.03, 1.03), (16, 14, 20)),
-    1003: ((1.03, 1.03, 1.03), (16, 22, 23)),  # no two rows aligned alike
-    4096: ((1.03, 1.03, 1.03), (10, 10, 15)),
-    50257: ((1.03, 1.03), (11.5, 10)),
-    128256: ((1.03, 1.03), (10, 10)),
+    10: ((1.05, 1.05, 1.3), (40, 46, 56)),
+    100: ((1.03, 1.03, 1.05), (30, 36, 41)),
+    1000: ((1.03, 1.03, 1.03), (11, 12, 16)),
+    1003: ((1.03, 1.03, 1.03), (14, 18.5, 21)),  # no two rows aligned alike
+    4096: ((1.03, 1.03, 1.03), (9, 8.5, 14)),
+    50257: ((1.03, 1.03), (10, 8.5)),
+    128256: ((1.03, 1.03), (8.5, 7.5)),
 }
-# special functions an element; a row of 10 classes has 9 in its complement, and three more for itself
-SPECIAL = {10: 1.5, 100: 1.45, 1003: 1.2}
+
+
+def special_ceiling(classes: int) -> float:
+    """Special functions an element and pass: 1.1, and what no kernel with one thread a row could leave out."""
+    if classes == 10:
+        return 1.1 + 2 / 10  # the exponential and the reciprocal of the row's margin
+    if classes == 1003:
+        return 1.1 + 32 / 1003  # the row's two edges of up to a sector, exponentiated for the sums and again for the store
+    return 1.1
 
 
 def measure(sim: Any, run: Callable[[], Any]) -> tuple[Any, int, int, int]:
@@ -66,4 +73,4 @@ def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch)
         )
         assert moved <= traffic * minimum, name
         assert instructions <= ceiling * logits.numel(), name
-        assert special <= SPECIAL.get(classes, 1.1) * logits.numel(), name
+        assert special <= special_ceiling(classes) * logits.numel(), name

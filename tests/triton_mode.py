@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,5 +34,17 @@ def device() -> Any:
     return None if INTERPRETED else simulator()
 
 
-# the interpreter cuts a float32 down to bfloat16 where compiled code rounds it
-ULPS = 1.0 if INTERPRETED else 0.5
+@contextlib.contextmanager
+def copies_may_differ(**options: Any) -> Iterator[None]:
+    """Run the simulator with ``options`` and no race check: it calls a race what lanes write to one place if that is not the same."""
+    sim = device()
+    if sim is None:
+        yield
+        return
+    before = dict(sim.options)
+    sim.options |= options | {"racecheck": False}
+    try:
+        yield
+    finally:
+        sim.options.clear()
+        sim.options |= before
