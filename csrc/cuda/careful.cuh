@@ -78,10 +78,10 @@ FSL_DEVICE RowGradient<T> times(const RowGradient<T>& g, T scale) {
 }
 
 template <class T>
-FSL_DEVICE RowLoss<T> finish_row(const Job<T>& job, int64_t r, const Row<T>& row, const RowMoments<T>& moments, T z_y, T weight_sum) {
+FSL_DEVICE RowLoss<T> finish_row(const Job<T>& job, const Weights<T>& weights, const RowMoments<T>& moments, T z_y, T weight_sum) {
   LossOptions options = job.options;
   options.class_weight_sum = weight_sum;
-  return finish(moments, z_y, class_weight(job, row.label), row_weight(job, r), T(1), options);
+  return finish(moments, z_y, weights.of_class, weights.of_row, T(1), options);
 }
 
 template <class T>
@@ -137,7 +137,7 @@ FSL_DEVICE void row_without_label(const Job<T>& job, const Group<T>& group, int6
   if (group.lane == 0) {
     RowLoss<T> out;
     out.loss = out.cross_entropy = row.counts() ? T(Limits<T>::quiet_NaN()) : T(0), out.diversity = T(0);
-    tally.add(job, r, row, out);
+    tally.add(job, r, row.counts() ? Weights<T>(job, r, row.label).both() : T(0), out);
   }
   if (gradient) fill_zero<S>(group, row.gradient, gradient_step, 0, job.classes);
 }
@@ -150,9 +150,10 @@ FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r,
   T weight_sum = T(job.classes);
   const RowMoments<T> moments = careful_reduce<S>(group, row.logits, step, 0, job.classes, row.label, weight, &weight_sum);
   const T z_y = Memory<S>::load(row.logits + row.label * step);
-  const RowLoss<T> out = finish_row(job, r, row, moments, z_y, weight_sum);
+  const Weights<T> weights(job, r, row.label);
+  const RowLoss<T> out = finish_row(job, weights, moments, z_y, weight_sum);
   if (group.lane == 0) {
-    tally.add(job, r, row, out);
+    tally.add(job, r, weights.both(), out);
     if (job.saved) save(job, r, moments.m, out.gradient, true);
   }
   if (!gradient) return;
@@ -163,7 +164,7 @@ FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r,
 
 // All rows so: float64, class weights under label smoothing, and class strides with more classes than tile.cuh holds.
 template <Storage S, class T>
-__global__ void __launch_bounds__(128, 1) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
+__global__ void __launch_bounds__(128, sizeof(T) == 4 ? 8 : 4) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
   if (settled(job)) return;
   const Group<T> group(lanes, nullptr);
   Tally<T> tally{};

@@ -99,18 +99,20 @@ FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
   return row;
 }
 
+// What a row counts for: by whoever finishes it.
 template <class T>
-FSL_FN T class_weight(const Job<T>& job, int label) {
-  return job.class_weight && label >= 0 ? job.class_weight[label] : T(1);
-}
+struct Weights {
+  T of_class = T(1), of_row = T(1);
 
-template <class T>
-FSL_FN T row_weight(const Job<T>& job, int64_t r) {
-  if (!job.sample_weight.data) return T(1);
-  int64_t at = 0;
-  unfold(job, r, [&](int d, int64_t i) { at += i * job.sample_weight.stride[d]; });
-  return *reinterpret_cast<const T*>(job.sample_weight.data + at);
-}
+  FSL_FN Weights(const Job<T>& job, int64_t r, int label) {
+    if (job.class_weight && label >= 0) of_class = job.class_weight[label];
+    if (!job.sample_weight.data) return;
+    int64_t at = 0;
+    unfold(job, r, [&](int d, int64_t i) { at += i * job.sample_weight.stride[d]; });
+    of_row = *reinterpret_cast<const T*>(job.sample_weight.data + at);
+  }
+  FSL_FN T both() const { return of_class * of_row; }
+};
 
 }  // namespace cuda
 }  // namespace fastsoftloss

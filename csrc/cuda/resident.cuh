@@ -100,12 +100,13 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
       if (sums.sound(n)) {
         RowMoments<float> moments = sums.moments(n, at);
         const Move move(moments);
-        const RowLoss<float> out = finish_row(job, r, row, moments, told.z_y, n + 1);
+        const Weights<float> weights(job, r, row.label);
+        const RowLoss<float> out = finish_row(job, weights, moments, told.z_y, n + 1);
         const RowGradient<float> g = times(out.gradient, scale * row.upstream);
         told.slope = Slope<Needs>(g, at, move.shift, move.factor), told.label = g.label;
         if (!kGradient || told.slope.exact) {
           told.way = alike<S>(row, job.gradient_step) ? Way::quick : Way::across;
-          tally.add(job, r, row, out);
+          tally.add(job, r, weights.both(), out);
           if (job.saved) save(job, r, moments.m, out.gradient, false);
         }
       }

@@ -45,8 +45,9 @@ template <class T>
 FSL_DEVICE void settle(const Job<T>& job, int64_t r, const Row<T>& row, RowMoments<T> moments, T z_y, Tally<T>& tally) {
   const bool finite = moments.s1 > 0 && moments.s1 < 1e37f, whole = finite && moments.n == T(job.classes - 1);
   if (finite) Move about_one(moments);
-  const RowLoss<T> out = finish_row(job, r, row, moments, z_y, T(job.classes));
-  tally.add(job, r, row, out);
+  const Weights<T> weights(job, r, row.label);
+  const RowLoss<T> out = finish_row(job, weights, moments, z_y, T(job.classes));
+  tally.add(job, r, weights.both(), out);
   save(job, r, moments.m, out.gradient, !whole);
 }
 
@@ -79,6 +80,7 @@ __global__ void __launch_bounds__(kStreamBlock, 8) reduce(const __grid_constant_
     M::unpack(load16(body + int64_t(part.begin + (vector == part.begin)) * 16), z);
     const Reference at((z[0] + z[1] + z[2] + z[3]) * 0.25f);
 
+    const float n = float(part.to - part.from - (row.label >= part.from && row.label < part.to));
     Sums<Needs> sums;
     const char* from = body + int64_t(part.mine(group.lane)) * 16;
     part.each_turn(group.lane, lanes, [&](int i, auto has) {
@@ -120,7 +122,6 @@ __global__ void __launch_bounds__(kStreamBlock, 8) reduce(const __grid_constant_
       sums.add(y, exp2_approx(y));
     }
     sums.join(group);
-    const float n = float(part.to - part.from - (row.label >= part.from && row.label < part.to));
     RowMoments<float> moments;
     if (n > 0 && !sums.sound(n)) {
       moments = careful_reduce<S>(group, row.logits, M::kBytes, part.from, part.to, row.label, static_cast<const float*>(nullptr),
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(kStreamBlock, 8) spread(const __grid_constant_
     RowGradient<float> g = kept.template gradient<Needs>(job.options, factor);
     if (kept.careful) {
       // a masked class gets what label smoothing takes from each, and NaN in a NaN row
-      g.masked = g.a * 0.f - float(job.options.label_smoothing) / float(job.classes) * row_weight(job, r) * factor;
+      g.masked = g.a * 0.f - float(job.options.label_smoothing) / float(job.classes) * Weights<float>(job, r, row.label).of_row * factor;
       careful_spread<S>(group, row.logits, M::kBytes, row.gradient, job.gradient_step, part.from, part.to, row.label, kept.m, g,
                         static_cast<const float*>(nullptr));
       continue;

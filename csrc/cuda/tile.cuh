@@ -99,11 +99,12 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         if (sums.sound(n)) {
           RowMoments<float> moments = sums.moments(n, at);
           const Move move(moments);
-          const RowLoss<float> out = finish_row(job, r, row, moments, z_y, n + 1);
+          const Weights<float> weights(job, r, row.label);
+          const RowLoss<float> out = finish_row(job, weights, moments, z_y, n + 1);
           const RowGradient<float> g = times(out.gradient, scale * row.upstream);
           slope = Slope<Needs>(g, at, move.shift, move.factor), label = g.label;
           careful = gradient && !slope.exact;
-          if (!careful) tally.add(job, r, row, out);
+          if (!careful) tally.add(job, r, weights.both(), out);
         }
       }
       careful = group.of_first(int(careful));

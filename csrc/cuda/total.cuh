@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> j
   T sum[1] = {0};
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
     const Row<T> row = locate(job, r);
-    if (row.counts()) sum[0] += class_weight(job, row.label) * row_weight(job, r);
+    if (row.counts()) sum[0] += Weights<T>(job, r, row.label).both();
   }
   block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -73,14 +73,14 @@ template <class T>
 struct Tally {
   T loss, weight, cross_entropy, diversity;
 
-  // By one thread of those that share row r.
-  FSL_DEVICE void add(const Job<T>& job, int64_t r, const Row<T>& row, const RowLoss<T>& out) {
+  // By one thread of those that share row r, which counts for `share`.
+  FSL_DEVICE void add(const Job<T>& job, int64_t r, T share, const RowLoss<T>& out) {
     if (job.row_loss) {
       job.row_loss[r] = out.loss;
       if (job.parts) job.row_parts[r] = out.cross_entropy, job.row_parts[job.rows + r] = out.diversity;
     } else if (job.partial) {
       loss += out.loss, cross_entropy += out.cross_entropy, diversity += out.diversity;
-      if (row.counts()) weight += class_weight(job, row.label) * row_weight(job, r);
+      weight += share;
     }
   }
   // By all threads of the block, once; the last block to come here writes the total if it is to.
