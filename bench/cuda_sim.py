@@ -76,7 +76,7 @@ def figures(name: str, dtype: torch.dtype, rows: int, classes: int) -> dict[str,
 
 
 def rows_for(classes: int) -> int:
-    return 4096 if classes <= 100 else max(4, 500_000 // classes)
+    return 8192 if classes <= 100 else max(16, 2_000_000 // classes)
 
 
 def main() -> None:

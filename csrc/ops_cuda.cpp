@@ -231,6 +231,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
       packed(logits, class_dim) && aligned(job.logits.data) && (!gradient || (packed(*gradient, class_dim) && aligned(job.gradient.data)));
   batch.side_by_side = job.row_dims > 0 && job.logits.stride[job.row_dims - 1] == bytes;
   batch.weighted = o.class_weights;
+  batch.fused = gradient && !upstream;
   call.plan = plan(batch, multiprocessors);
   return true;
 }
@@ -315,10 +316,10 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
     job.parts = parts;
     T* const parts_data = parts ? static_cast<T*>(components.mutable_data_ptr()) : nullptr;
     T* const kept_data = moments.numel() ? static_cast<T*>(moments.mutable_data_ptr()) : nullptr;
-    if (reduction == kMean) job.divisor = kept_data;
-    if (classes > kKeptClasses) job.saved = kept_data + 1;
+    if (reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
+    if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;
     const Scratch places = scratch(call.plan, rows, sizeof(fastsoftloss::RowMoments<T>) / sizeof(T));
-    const Tensor memory = vector_of(logits, reduction != kNone || call.plan.kernel == Kernel::stream ? places.size : 0, type);
+    const Tensor memory = vector_of(logits, reduction != kNone || call.plan.splits > 1 ? places.size : 0, type);
     T* const scratch_data = memory.numel() ? static_cast<T*>(memory.mutable_data_ptr()) : nullptr;
     if (reduction == kNone) {
       job.row_loss = static_cast<T*>(loss.mutable_data_ptr());
@@ -330,7 +331,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
       job.shares = scratch_data + places.shares;
       job.counter = reinterpret_cast<unsigned*>(scratch_data + places.counter);
     }
-    if (call.plan.kernel == Kernel::stream) job.moments = scratch_data + places.moments;
+    if (call.plan.splits > 1) job.moments = scratch_data + places.moments;
     check(fastsoftloss::cuda::forward<storage.value, T>(job, call.plan, device.stream()));
   });
   return {loss, components, dlogits, moments};
@@ -351,8 +352,8 @@ void write_gradient(Tensor& dlogits, const Tensor& upstream, const Tensor& momen
     Job<T>& job = call.job;
     job.rescale = rescale;
     T* const kept_data = moments.numel() ? static_cast<T*>(const_cast<void*>(moments.const_data_ptr())) : nullptr;
-    if (in.reduction == kMean) job.divisor = kept_data;
-    if (classes > kKeptClasses) job.saved = kept_data + 1;
+    if (in.reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
+    if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;
     check(fastsoftloss::cuda::backward<storage.value, T>(job, call.plan, device.stream()));
   });
 }

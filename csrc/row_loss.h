@@ -179,7 +179,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
 
   T ce = class_weight * ce_row, pull = class_weight;  // pull: what multiplies s q_j and -s
   if (o.label_smoothing != 0) {
-    const T eps(o.label_smoothing), k(o.label_smoothing / o.classes);
+    const T eps(o.label_smoothing), k = eps / T(o.classes);
     const T keep = (one - eps) * class_weight;
     const T others = o.class_weights ? r.sw * lift - r.swx : n * (lift - r.mean);     // sum over C of w_j (lse - z_j)
     const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);  // -log 0, as PyTorch has it

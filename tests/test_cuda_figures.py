@@ -7,14 +7,16 @@ import cuda_mode
 import pytest
 import torch
 
-# classes: pass: (bytes over the minimum, instructions an element, special functions an element), in bfloat16. What is there, not
-# what is wanted: below 32000 classes the instructions are above the aim of 9.5 forward, 7 backward and 12 fused.
+# classes: pass: (bytes over the minimum, instructions an element, special functions an element), in bfloat16. The aims are 40
+# instructions fused at 10 classes, 25 at 100, 18 at 1000, 12 at 4096, where 9.5 forward and 7 backward, 8.5 and 7 from 32000; 1.1
+# special functions, a row's own aside; 1.02 of the bytes from 1000 classes, below 1.10. Here 10 classes are above: the
+# divisor of the mean reads the labels twice, and finish takes two thirds of the instructions; and 4096 fused.
 CEILINGS = {
-    10: {"forward": (1.02, 62, 2.1), "backward": (1.04, 76, 2.2), "fused": (1.18, 84, 2.2)},
-    100: {"forward": (1.01, 31, 1.5), "backward": (1.02, 45, 1.5), "fused": (1.03, 46, 1.5)},
-    1000: {"forward": (1.02, 14, 1.25), "backward": (1.03, 18, 1.25), "fused": (1.025, 18.5, 1.25)},
-    4096: {"forward": (1.035, 13.2, 1.2), "backward": (1.035, 10.2, 1.1), "fused": (1.02, 17.5, 1.2)},
-    32000: {"forward": (1.02, 10.9, 1.1), "backward": (1.02, 8.8, 1.1)},
+    10: {"forward": (1.02, 43, 2.3), "backward": (1.04, 49, 2.3), "fused": (1.18, 54.5, 2.3)},
+    100: {"forward": (1.01, 18, 1.2), "backward": (1.02, 25, 1.2), "fused": (1.03, 25, 1.2)},
+    1000: {"forward": (1.02, 10, 1.1), "backward": (1.025, 13.5, 1.1), "fused": (1.021, 13.5, 1.1)},
+    4096: {"forward": (1.02, 9.5, 1.1), "backward": (1.02, 7, 1.1), "fused": (1.02, 12.6, 1.1)},
+    32000: {"forward": (1.02, 8.5, 1.1), "backward": (1.02, 7, 1.1)},
 }
 
 

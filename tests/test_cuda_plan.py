@@ -16,18 +16,20 @@ SHIM = """
 #include "cuda/plan.h"
 using namespace fastsoftloss::cuda;
 extern "C" {
-void plan_of(int64_t rows, int64_t classes, int bytes, int contiguous, int packed, int side, int weighted, int sms, int64_t* out) {
-  const Plan p = plan({rows, classes, bytes, contiguous != 0, packed != 0, side != 0, weighted != 0}, sms);
+void plan_of(int64_t rows, int64_t classes, int bytes, int contiguous, int packed, int side, int weighted, int fused, int sms,
+             int64_t* out) {
+  const Plan p = plan({rows, classes, bytes, contiguous != 0, packed != 0, side != 0, weighted != 0, fused != 0}, sms);
   const Scratch s = scratch(p, rows, 9);
-  const int64_t all[] = {int64_t(p.kernel), p.lanes, p.threads, p.tile_rows, p.splits, p.blocks, p.spread_blocks, p.merge_blocks, p.shared,
+  const int64_t all[] = {int64_t(p.kernel), p.lanes, p.threads, p.tile_rows, p.splits, p.blocks, p.spread_splits, p.spread_blocks,
+                         p.merge_blocks, p.shared,
                          s.shares, s.moments, s.counter, s.size};
-  for (int64_t i = 0; i < 13; ++i) out[i] = all[i];
+  for (int64_t i = 0; i < 14; ++i) out[i] = all[i];
 }
 int fused_of(int64_t classes) { return fused(classes); }
 int64_t kept_of(int64_t rows, int64_t classes, int mean) { return kept(rows, classes, mean != 0, 6); }
 }
 """
-NAMES = ("kernel", "lanes", "threads", "tile_rows", "splits", "blocks", "spread_blocks", "merge_blocks", "shared")
+NAMES = ("kernel", "lanes", "threads", "tile_rows", "splits", "blocks", "spread_splits", "spread_blocks", "merge_blocks", "shared")
 TILE_STAGED, TILE_DIRECT, RESIDENT, STREAM, CAREFUL = range(5)
 
 
@@ -42,10 +44,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
-def ask(library, rows, classes, bytes=2, contiguous=True, packed=True, side_by_side=False, weighted=False, sms=132) -> dict[str, int]:
-    out = (ctypes.c_int64 * 13)()
+def ask(
+    library, rows, classes, bytes=2, contiguous=True, packed=True, side_by_side=False, weighted=False, fused=True, sms=132
+) -> dict[str, int]:
+    out = (ctypes.c_int64 * 14)()
     library.plan_of(
-        ctypes.c_int64(rows), ctypes.c_int64(classes), bytes, contiguous, contiguous and packed, side_by_side, weighted, sms, out
+        ctypes.c_int64(rows), ctypes.c_int64(classes), bytes, contiguous, contiguous and packed, side_by_side, weighted, fused, sms, out
     )
     return dict(zip((*NAMES, "shares", "moments", "counter", "size"), out, strict=True))
 
@@ -55,8 +59,9 @@ CLASSES = (0, 1, 2, 10, 17, 31, 32, 33, 128, 129, 512, 513, 1000, 1003, 4096, 16
 
 
 def test_every_row_fits_its_threads_and_every_launch_a_grid(library) -> None:
-    for rows, classes, size, contiguous, packed, sms in itertools.product(ROWS, CLASSES, (2, 4, 8), (True, False), (True, False), (1, 132)):
-        p = ask(library, rows, classes, size, contiguous, packed, sms=sms)
+    both = (True, False)
+    for rows, classes, size, contiguous, packed, fused, sms in itertools.product(ROWS, CLASSES, (2, 4, 8), both, both, both, (1, 132)):
+        p = ask(library, rows, classes, size, contiguous, packed, fused=fused, sms=sms)
         assert 1 <= p["blocks"] < 2**31 and p["threads"] <= 256 and p["threads"] % p["lanes"] == 0 and p["shared"] <= 48 * 1024
         assert p["lanes"] & (p["lanes"] - 1) == 0 and (p["lanes"] <= 32 or p["lanes"] == p["threads"]), "several warps are a whole block"
         if p["kernel"] in (TILE_STAGED, TILE_DIRECT):
@@ -68,12 +73,15 @@ def test_every_row_fits_its_threads_and_every_launch_a_grid(library) -> None:
             assert classes <= 64 * p["lanes"] and p["lanes"] >= 2 * vector, "registers, and a lane for each edge"
             assert (classes - 2 * (vector - 1)) // vector >= p["lanes"] * (64 // vector // 2 - 1), "the vectors that all lanes have"
         if p["kernel"] == STREAM:
-            assert p["splits"] * rows >= p["blocks"] and p["merge_blocks"] >= 1
+            assert p["merge_blocks"] >= 1 and p["spread_splits"] == p["splits"] * p["lanes"] // 32
+            assert p["splits"] == 1 or classes // p["splits"] >= 1024, "more than two vectors a part"
+            assert 1 <= p["spread_blocks"] < 2**31 and p["spread_splits"] < 2**16
         assert p["size"] == p["counter"] + 1 > p["moments"] >= p["shares"] + 256
 
 
 def test_which_kernel(library) -> None:
     assert [ask(library, 4096, k)["kernel"] for k in (10, 512, 513, 16384, 16385)] == [TILE_STAGED] * 2 + [RESIDENT] * 2 + [STREAM]
+    assert [ask(library, 4096, k, fused=False)["kernel"] for k in (1024, 1025)] == [RESIDENT, STREAM]
     assert ask(library, 4096, 21, contiguous=False, side_by_side=True)["kernel"] == TILE_DIRECT
     assert ask(library, 4096, 150, contiguous=False, side_by_side=True)["kernel"] == CAREFUL
     assert ask(library, 4096, 1000, bytes=8)["kernel"] == ask(library, 4096, 1000, weighted=True)["kernel"] == CAREFUL
@@ -82,7 +90,7 @@ def test_which_kernel(library) -> None:
 
 def test_few_long_rows_are_shared_and_many_are_not(library) -> None:
     assert ask(library, 2, 2**20)["splits"] > 16
-    assert ask(library, 10**5, 128256)["splits"] == 1
+    assert ask(library, 10**5, 128256)["splits"] == ask(library, 4224, 4096, fused=False)["splits"] == 1
 
 
 def test_python_and_cpp_agree_on_what_a_forward_gives(library) -> None:

@@ -37,7 +37,7 @@ FSL_DEVICE RowMoments<T> careful_reduce(const Group<T>& group, const char* logit
   r.n = look[0], r.m = group.largest(m);
   const T at = r.m == -infinity ? T(0) : r.m;  // no class at all: -inf - -inf must not appear
   const T shift = r.n > T(0) ? look[1] / r.n - at : T(0);
-  T sums[4] = {0, 0, 0, 0}, weighted[3] = {0, 0, 0};
+  T sums[4] = {0, 0, 0, 0}, squares[1] = {0}, weighted[2] = {0, 0};
   for (int k = begin + group.lane; k < end; k += group.size) {
     const T z = Memory<S>::load(logits + k * step);
     if (k == label) continue;
@@ -45,16 +45,17 @@ FSL_DEVICE RowMoments<T> careful_reduce(const Group<T>& group, const char* logit
     sums[0] += e, sums[1] += e * e, sums[2] += e * low;
     if (!(z > -infinity)) continue;
     const T d = x - shift;
-    sums[3] += d, weighted[0] += d * d;
-    if (weight) weighted[1] += weight[k], weighted[2] += weight[k] * x;
+    sums[3] += d, squares[0] += d * d;
+    if (weight) weighted[0] += weight[k], weighted[1] += weight[k] * x;
   }
   group.sum(sums);
-  group.sum(weighted);
+  group.sum(squares);
+  if (weight) group.sum(weighted);
   const T off = sums[3] / max(r.n, T(1));  // corrected two-pass
   r.s1 = sums[0], r.s2 = sums[1], r.sx = sums[2];
   r.mean = r.n > T(0) ? shift + off : T(0);
-  r.m2 = max(weighted[0] - sums[3] * off, T(0));
-  r.sw = weighted[1], r.swx = weighted[2];
+  r.m2 = max(squares[0] - sums[3] * off, T(0));
+  r.sw = weighted[0], r.swx = weighted[1];
   return r;
 }
 
@@ -77,20 +78,52 @@ FSL_DEVICE RowGradient<T> times(const RowGradient<T>& g, T scale) {
 }
 
 template <class T>
-FSL_DEVICE RowLoss<T> finish_row(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments, T z_y, T weight_sum) {
+FSL_DEVICE RowLoss<T> finish_row(const Job<T>& job, const Weights<T>& weights, const RowMoments<T>& moments, T z_y, T weight_sum) {
   LossOptions options = job.options;
   options.class_weight_sum = weight_sum;
-  return finish(moments, z_y, row.class_weight, row.row_weight, T(1), options);
+  return finish(moments, z_y, weights.of_class, weights.of_row, T(1), options);
 }
 
+template <class T>
+struct alignas(16) Four {
+  T x, y, z, w;
+};
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T x, y;
+};
+
 // What the backward of a row finds again: the gradient for an upstream gradient and a divisor of 1. Of b, t and e1 a loss
-// has one at most.
+// has one at most. Four numbers side by side for all rows, then two.
 template <class T>
 FSL_DEVICE void save(const Job<T>& job, int64_t r, T m, const RowGradient<T>& g, bool careful) {
-  T* to = job.saved + r;
-  to[0] = m, to[job.rows] = g.a, to[2 * job.rows] = g.b + g.t + g.e1, to[3 * job.rows] = g.e0, to[4 * job.rows] = g.label;
-  to[5 * job.rows] = careful ? T(1) : T(0);
+  reinterpret_cast<Four<T>*>(job.saved)[r] = {m, g.a, g.b + g.t + g.e1, g.e0};
+  reinterpret_cast<Two<T>*>(job.saved + 4 * job.rows)[r] = {g.label, careful ? T(1) : T(0)};
 }
+
+template <class T>
+struct Kept {
+  T m, a, steep, e0, label;
+  bool careful;
+
+  FSL_DEVICE Kept(const Job<T>& job, int64_t r) {
+    const Four<T> first = reinterpret_cast<const Four<T>*>(job.saved)[r];
+    const Two<T> second = reinterpret_cast<const Two<T>*>(job.saved + 4 * job.rows)[r];
+    m = first.x, a = first.y, steep = first.z, e0 = first.w, label = second.x, careful = second.y != T(0);
+  }
+  // Of a loss with these moments, times the factor.
+  template <unsigned Needs>
+  FSL_DEVICE RowGradient<T> gradient(const LossOptions& options, T factor) const {
+    RowGradient<T> g;
+    g.a = a * factor, g.e0 = e0 * factor, g.label = label * factor;
+    if (!(Needs & kSquares)) {
+      g.e1 = steep * factor;
+    } else {
+      (options.diversity == Diversity::kl ? g.t : g.b) = steep * factor;
+    }
+    return g;
+  }
+};
 
 template <Storage S, class T>
 FSL_DEVICE void fill_zero(const Group<T>& group, char* gradient, int64_t step, int begin, int end) {
@@ -104,7 +137,7 @@ FSL_DEVICE void row_without_label(const Job<T>& job, const Group<T>& group, int6
   if (group.lane == 0) {
     RowLoss<T> out;
     out.loss = out.cross_entropy = row.counts() ? T(Limits<T>::quiet_NaN()) : T(0), out.diversity = T(0);
-    tally.add(job, r, row, out);
+    tally.add(job, r, row.counts() ? Weights<T>(job, r, row.label).both() : T(0), out);
   }
   if (gradient) fill_zero<S>(group, row.gradient, gradient_step, 0, job.classes);
 }
@@ -117,9 +150,10 @@ FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r,
   T weight_sum = T(job.classes);
   const RowMoments<T> moments = careful_reduce<S>(group, row.logits, step, 0, job.classes, row.label, weight, &weight_sum);
   const T z_y = Memory<S>::load(row.logits + row.label * step);
-  const RowLoss<T> out = finish_row(job, row, moments, z_y, weight_sum);
+  const Weights<T> weights(job, r, row.label);
+  const RowLoss<T> out = finish_row(job, weights, moments, z_y, weight_sum);
   if (group.lane == 0) {
-    tally.add(job, r, row, out);
+    tally.add(job, r, weights.both(), out);
     if (job.saved) save(job, r, moments.m, out.gradient, true);
   }
   if (!gradient) return;
@@ -130,10 +164,10 @@ FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r,
 
 // All rows so: float64, class weights under label smoothing, and class strides with more classes than tile.cuh holds.
 template <Storage S, class T>
-__global__ void __launch_bounds__(128, 1) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
+__global__ void __launch_bounds__(128, sizeof(T) == 4 ? 8 : 4) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
   if (settled(job)) return;
   const Group<T> group(lanes, nullptr);
-  Tally<T> tally;
+  Tally<T> tally{};
   const T scale = mean_scale(job);
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
     const Row<T> row = locate(job, r);

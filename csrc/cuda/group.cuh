@@ -6,26 +6,76 @@
 namespace fastsoftloss {
 namespace cuda {
 
-constexpr int kMostWarps = 8;
+constexpr int kMostWarps = 8, kMostSums = 5;
 
 template <class T>
 struct Group {
-  int size, lane;    // threads a row, and which one this is
+  int size, lane;    // threads a row, a power of two, and which one this is
+  int shift;         // size is 1 << shift
   int index, count;  // which of the block's rows, and how many it has at a time
   unsigned mask;     // the group's lanes in their warp
-  T* exchange;       // shared memory for kMostWarps * 4 values, where several warps share a row
+  T* exchange;       // shared memory for kMostWarps * kMostSums values, where several warps share a row
 
   FSL_DEVICE Group(int size, T* exchange) : size(size), exchange(exchange) {
     lane = threadIdx.x & (size - 1);
-    index = threadIdx.x / size;
-    count = blockDim.x / size;
+    shift = 31 - __clz(size);
+    index = threadIdx.x >> shift;
+    count = blockDim.x >> shift;
     mask = size >= 32 ? ~0u : ((1u << size) - 1) << (threadIdx.x & 31 & ~(size - 1));
   }
 
+  FSL_DEVICE void sync() const {
+    if (size <= 32) {
+      __syncwarp(mask);
+    } else {
+      __syncthreads();
+    }
+  }
   // Sums over the group, the same bits in each of its threads; every thread of the group must come here.
   template <int N>
   FSL_DEVICE void sum(T (&v)[N]) const {
-    static_assert(N <= 4, "see exchange");
+    sum_by_warps(v);
+    if (size > 32) sum_of_warps(v);
+  }
+  // The same for lane 0 alone. What others read before, lane 0 may overwrite after.
+  template <int N>
+  FSL_DEVICE void sum_for_first(T (&v)[N]) const {
+    sum_by_warps(v);
+    if (size <= 32) {
+      __syncwarp(mask);
+    } else if (lane == 0) {
+      sum_of_warps(v);
+    }
+  }
+  // What the first thread has, in a group of one warp at most.
+  template <class X>
+  FSL_DEVICE X of_first(X v) const {
+    return __shfl_sync(mask, v, 0, size);
+  }
+  // What one of the threads has, for all; `slot` is one value of shared memory, and the next sum lets it go.
+  FSL_DEVICE T of(int which, T v, T* slot) const {
+    if (size <= 32) return __shfl_sync(mask, v, which, size);
+    if (lane == which) *slot = v;
+    __syncthreads();
+    return *slot;
+  }
+  FSL_DEVICE T largest(T m) const {
+#pragma unroll
+    for (int o = 16; o > 0; o /= 2)
+      if (o < size) m = max(m, __shfl_xor_sync(mask, m, o));
+    if (size <= 32) return m;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) exchange[threadIdx.x / 32] = m;
+    __syncthreads();
+    m = exchange[0];
+    for (int w = 1; w < size / 32; ++w) m = max(m, exchange[w]);
+    return m;
+  }
+
+ private:
+  template <int N>
+  FSL_DEVICE void sum_by_warps(T (&v)[N]) const {
+    static_assert(N <= kMostSums, "see exchange");
 #pragma unroll
     for (int o = 16; o > 0; o /= 2)
       if (o < size) {
@@ -39,24 +89,15 @@ struct Group {
       for (int i = 0; i < N; ++i) exchange[threadIdx.x / 32 * N + i] = v[i];
     }
     __syncthreads();
+  }
+  template <int N>
+  FSL_DEVICE void sum_of_warps(T (&v)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = exchange[i];
     for (int w = 1; w < size / 32; ++w) {
 #pragma unroll
       for (int i = 0; i < N; ++i) v[i] += exchange[w * N + i];
     }
-  }
-  FSL_DEVICE T largest(T m) const {
-#pragma unroll
-    for (int o = 16; o > 0; o /= 2)
-      if (o < size) m = max(m, __shfl_xor_sync(mask, m, o));
-    if (size <= 32) return m;
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) exchange[threadIdx.x / 32] = m;
-    __syncthreads();
-    m = exchange[0];
-    for (int w = 1; w < size / 32; ++w) m = max(m, exchange[w]);
-    return m;
   }
 };
 

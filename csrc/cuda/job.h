@@ -11,7 +11,7 @@ namespace cuda {
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
 constexpr int kMaxRowDims = 4;  // after joining neighbours; a tensor with more is copied first
-constexpr int kSaved = 6;       // floats a row that the backward finds again, see spread.cuh
+constexpr int kSaved = 6;       // floats a row that the backward finds again, see careful.cuh
 
 // One operand over the rows; strides in bytes, 0 where it is a single value.
 struct Operand {
@@ -49,7 +49,7 @@ struct Job {
   T* divisor = nullptr;       // of the mean; written by whoever totals, read by a backward
   const T* shares = nullptr;  // the divisor before that: `share_count` terms of it
   int share_count = 0;
-  T* saved = nullptr;    // (kSaved, rows) or null
+  T* saved = nullptr;    // kSaved a row, or null
   T* moments = nullptr;  // a long row's parts: RowMoments[rows][splits]
   int splits = 1;
 };
@@ -61,44 +61,58 @@ struct Row {
   const char* logits;
   char* gradient;
   int label;  // a class, kIgnored or kOutside
-  T class_weight, row_weight, upstream;
+  T upstream;
 
   FSL_FN bool counts() const { return label != kIgnored; }
 };
 
-// Row r; its index is unfolded over the row dimensions, of which there mostly is one.
-template <class T>
-FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
-  int64_t logits, gradient, target, sample_weight, upstream;
-  if (job.row_dims <= 1) {
-    logits = r * job.logits.stride[0], gradient = r * job.gradient.stride[0], target = r * job.target.stride[0];
-    sample_weight = r * job.sample_weight.stride[0], upstream = r * job.upstream.stride[0];
-  } else {
-    logits = gradient = target = sample_weight = upstream = 0;
-    for (int d = job.row_dims - 1; d >= 0; --d) {
-      const int64_t size = job.row_size[d];
-      int64_t i = r;
-      if (d == 0) {
-      } else if (job.rows < INT32_MAX) {  // a division of 64 bits takes a hundred instructions
-        i = uint32_t(r) % uint32_t(size), r = uint32_t(r) / uint32_t(size);
-      } else {
-        i = r % size, r = r / size;
-      }
-      logits += i * job.logits.stride[d], gradient += i * job.gradient.stride[d], target += i * job.target.stride[d];
-      sample_weight += i * job.sample_weight.stride[d], upstream += i * job.upstream.stride[d];
+// f(dimension, index): row r unfolded over the row dimensions, of which there mostly is one.
+template <class T, class F>
+FSL_FN void unfold(const Job<T>& job, int64_t r, F f) {
+  if (job.row_dims <= 1) return f(0, r);
+  for (int d = job.row_dims - 1; d >= 0; --d) {
+    const int64_t size = job.row_size[d];
+    if (d == 0) {
+      f(d, r);
+    } else if (job.rows < INT32_MAX) {  // a division of 64 bits takes a hundred instructions
+      f(d, int64_t(uint32_t(r) % uint32_t(size))), r = uint32_t(r) / uint32_t(size);
+    } else {
+      f(d, r % size), r = r / size;
     }
   }
+}
+
+template <class T>
+FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
+  int64_t logits = 0, gradient = 0, target = 0, upstream = 0;
+  unfold(job, r, [&](int d, int64_t i) {
+    logits += i * job.logits.stride[d], gradient += i * job.gradient.stride[d], target += i * job.target.stride[d];
+    upstream += i * job.upstream.stride[d];
+  });
   Row<T> row;
   row.logits = job.logits.data + logits;
   row.gradient = job.gradient.data + gradient;
   const char* at = job.target.data + target;
   const int64_t y = job.wide_target ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
   row.label = y == job.ignore_index ? kIgnored : uint64_t(y) >= uint64_t(job.classes) ? kOutside : int(y);
-  row.class_weight = job.class_weight && row.label >= 0 ? job.class_weight[row.label] : T(1);
-  row.row_weight = job.sample_weight.data ? *reinterpret_cast<const T*>(job.sample_weight.data + sample_weight) : T(1);
   row.upstream = job.upstream.data ? *reinterpret_cast<const T*>(job.upstream.data + upstream) : T(1);
   return row;
 }
+
+// What a row counts for: by whoever finishes it.
+template <class T>
+struct Weights {
+  T of_class = T(1), of_row = T(1);
+
+  FSL_FN Weights(const Job<T>& job, int64_t r, int label) {
+    if (job.class_weight && label >= 0) of_class = job.class_weight[label];
+    if (!job.sample_weight.data) return;
+    int64_t at = 0;
+    unfold(job, r, [&](int d, int64_t i) { at += i * job.sample_weight.stride[d]; });
+    of_row = *reinterpret_cast<const T*>(job.sample_weight.data + at);
+  }
+  FSL_FN T both() const { return of_class * of_row; }
+};
 
 }  // namespace cuda
 }  // namespace fastsoftloss

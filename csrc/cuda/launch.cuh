@@ -39,6 +39,9 @@ void launch_rows(const Job<T>& job, const Plan& p, cudaStream_t stream) {
             resident<S, n.value, false><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
           }
         });
+      case Kernel::stream:
+        return with_needs(needs,
+                          [&](auto n) { reduce<S, n.value><<<dim3(unsigned(p.blocks), p.splits), p.threads, 0, stream>>>(job, p.lanes); });
       default:
         break;
     }
@@ -50,10 +53,10 @@ template <Storage S, class T>
 cudaError_t forward(Job<T> job, const Plan& p, cudaStream_t stream) {
   const bool reduced = job.partial != nullptr;
   if constexpr (S != Storage::float64) {
-    if (p.kernel == Kernel::stream) {
+    if (p.splits > 1) {
       job.splits = p.splits;
       if (!reduced) job.counter = nullptr;
-      with_needs(moments_of(job.options), [&](auto n) { reduce<S, n.value><<<unsigned(p.blocks), p.threads, 0, stream>>>(job); });
+      launch_rows<S>(job, p, stream);
       merge_parts<S><<<unsigned(p.merge_blocks), 256, 0, stream>>>(job);
       return cudaGetLastError();
     }
@@ -75,10 +78,9 @@ template <Storage S, class T>
 cudaError_t backward(Job<T> job, const Plan& p, cudaStream_t stream) {
   job.counter = nullptr, job.shares = nullptr;
   if constexpr (S != Storage::float64) {
-    if (p.kernel == Kernel::stream || (p.kernel == Kernel::resident && job.saved)) {
-      job.splits = p.spread_splits;
+    if (p.kernel == Kernel::stream) {
       with_needs(moments_of(job.options),
-                 [&](auto n) { spread<S, n.value><<<unsigned(p.spread_blocks), p.threads, 0, stream>>>(job, p.lanes); });
+                 [&](auto n) { spread<S, n.value><<<dim3(unsigned(p.spread_blocks), p.spread_splits), p.threads, 0, stream>>>(job); });
       return cudaGetLastError();
     }
   }

@@ -21,6 +21,7 @@ struct Batch {
   bool packed;        // and each row where the one before it ends, the first at a multiple of 16 bytes, the gradient's too
   bool side_by_side;  // neighbouring rows are neighbours in memory
   bool weighted;      // class weights under label smoothing
+  bool fused;         // the gradient is wanted in the pass that gives the losses
 };
 
 struct Plan {
@@ -28,9 +29,10 @@ struct Plan {
   int lanes;       // threads a row
   int threads;     // of a block
   int tile_rows;   // of a tile, where there are tiles
-  int splits;      // parts of a row
-  int64_t blocks;  // of the kernel that reads the logits
-  int64_t spread_blocks, merge_blocks;
+  int splits;      // parts of a row, each a grid's row of blocks
+  int64_t blocks;  // of the kernel that reads the logits, for each split
+  int64_t merge_blocks;
+  int64_t spread_blocks;  // of the backward that follows, a warp a part
   int spread_splits;
   int shared;  // bytes of shared memory a block
 };
@@ -39,6 +41,7 @@ constexpr int64_t kTileClasses = 512;     // up to here a row has few threads, a
 constexpr int64_t kFusedClasses = 16384;  // up to here the forward writes the gradient too
 constexpr int64_t kKeptClasses = 1024;    // from here the forward keeps six floats a row for the backward
 constexpr int kMostShares = 256;
+constexpr int kMostSplits = 4096;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,7 +59,7 @@ inline int64_t kept(int64_t rows, int64_t classes, bool mean, int floats) { retu
 inline Plan plan(const Batch& b, int multiprocessors) {
   const int64_t wave = 16 * int64_t(multiprocessors);  // blocks; more than fit at once, so that none waits for the last
   Plan p{};
-  p.splits = p.spread_splits = 1;
+  p.splits = 1;
   p.threads = 128;
   const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2;
   if (quick && b.packed && b.classes <= kTileClasses) {
@@ -72,19 +75,19 @@ inline Plan plan(const Batch& b, int multiprocessors) {
     p.lanes = b.contiguous ? power_of_two(divide_up(b.classes, 32), 4, 16) : 1;
     p.tile_rows = p.threads / p.lanes;
     p.blocks = at_most(divide_up(b.rows, p.tile_rows), wave);
-  } else if (quick && b.contiguous && b.classes <= kFusedClasses) {
+  } else if (quick && b.contiguous && b.classes <= (b.fused ? kFusedClasses : kKeptClasses)) {
     p.kernel = Kernel::resident;
     p.lanes = power_of_two(divide_up(b.classes, 64), 16, 256);
     p.threads = p.lanes > 32 ? p.lanes : 128;
     p.blocks = at_most(divide_up(b.rows, p.threads / p.lanes), wave);
-    p.spread_blocks = p.blocks;
   } else if (quick && b.contiguous) {
     p.kernel = Kernel::stream;
-    p.lanes = p.threads = 256;
-    const int64_t turn = 256 * 64;  // classes that a block takes at a time
-    p.splits = int(at_least(1, at_most(divide_up(b.classes, turn), divide_up(wave / 2, at_least(b.rows, 1)))));
-    p.spread_splits = p.splits;
-    p.blocks = p.spread_blocks = at_most(b.rows * p.splits, wave);
+    p.lanes = b.classes <= kFusedClasses ? 32 : p.threads;  // 32 to 512 logits a thread, or more than 128
+    const int64_t groups = p.threads / p.lanes, most = at_most(divide_up(b.classes, p.lanes * 64), kMostSplits);
+    p.splits = int(at_least(1, at_most(most, wave / 2 * groups / at_least(b.rows, 1))));
+    p.blocks = at_most(divide_up(b.rows, groups), wave);
+    p.spread_splits = p.splits * (p.lanes / 32);
+    p.spread_blocks = at_most(divide_up(b.rows, p.threads / 32), wave);
     p.merge_blocks = at_most(divide_up(b.rows, 8), multiprocessors);
   } else {
     p.kernel = Kernel::careful_rows;
@@ -103,12 +106,13 @@ struct Scratch {
 };
 
 inline Scratch scratch(const Plan& p, int64_t rows, int moments_of_a_part) {
-  const int64_t totals = p.kernel == Kernel::stream ? p.merge_blocks : p.blocks;
+  const bool merged = p.splits > 1;
+  const int64_t totals = merged ? p.merge_blocks : p.blocks;
   Scratch s;
   s.partial = 0;
   s.shares = 4 * totals;
   s.moments = s.shares + kMostShares;
-  s.counter = s.moments + (p.kernel == Kernel::stream ? rows * p.splits * moments_of_a_part : 0);
+  s.counter = s.moments + (merged ? rows * p.splits * moments_of_a_part : 0);
   s.size = s.counter + 1;
   return s;
 }

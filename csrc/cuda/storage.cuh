@@ -10,7 +10,7 @@ namespace cuda {
 
 #define FSL_DEVICE __device__ __forceinline__
 
-FSL_DEVICE uint4 load16(const char* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
+FSL_DEVICE uint4 load16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 FSL_DEVICE void store16(char* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
 
 FSL_DEVICE uint32_t word_of(const uint4& v, int i) { return i < 2 ? (i == 0 ? v.x : v.y) : (i == 2 ? v.z : v.w); }
@@ -100,23 +100,28 @@ struct Memory<Storage::bfloat16> : Halves<Bfloat16> {};
 template <>
 struct Memory<Storage::float16> : Halves<Float16> {};
 
-// A row of class stride 1: classes before the first 16-byte boundary, whole vectors, classes behind the last.
+// A row of class stride 1 and sixteen classes or more: classes before the first 16-byte boundary, whole vectors, classes behind
+// the last.
 template <Storage S>
 struct Span {
   using M = Memory<S>;
+  static constexpr int V = M::kVector;
   int head, vectors, tail;
 
   FSL_DEVICE Span(const char* p, int classes) {
-    const int before = int(-reinterpret_cast<intptr_t>(p) & 15) / M::kBytes;
-    head = before < classes ? before : classes;
-    vectors = (classes - head) / M::kVector;
-    tail = (classes - head) % M::kVector;
+    head = int((-reinterpret_cast<uintptr_t>(p) & 15) / M::kBytes);
+    vectors = unsigned(classes - head) / unsigned(V);
+    tail = unsigned(classes - head) % unsigned(V);
   }
-  FSL_DEVICE int tail_begin() const { return head + vectors * M::kVector; }
+  // The vector that holds class k, or -1.
+  FSL_DEVICE int vector(int k) const {
+    const unsigned v = unsigned(k - head) / unsigned(V);
+    return v < unsigned(vectors) ? int(v) : -1;
+  }
   // The class before or behind the vectors that falls to this lane, or -1; there are no more than two vectors of them.
   FSL_DEVICE int edge(int lane) const {
-    if (lane < M::kVector) return lane < head ? lane : -1;
-    return lane < M::kVector + tail ? tail_begin() + lane - M::kVector : -1;
+    if (lane < V) return lane < head ? lane : -1;
+    return lane < V + tail ? head + vectors * V + lane - V : -1;
   }
 };
 

@@ -1,5 +1,5 @@
-// Rows of class stride 1 in passes: reduce a part of a row, merge the parts and finish, spread a part of the gradient.
-// For rows that no block holds, and for the backward of all that are long enough to have kept something for it.
+// Rows of class stride 1 in passes: reduce a part of a row, merge the parts where there are several, spread a part of the
+// gradient. A warp a row, or a block where rows are long, with no more of a row in registers than one turn.
 #pragma once
 
 #include "sums.cuh"
@@ -7,104 +7,121 @@
 namespace fastsoftloss {
 namespace cuda {
 
-constexpr int kStep = 32;  // logits a thread and turn
-constexpr int kSamples = 8;
+constexpr int kTurn = 4;           // vectors a thread and turn
+constexpr int kStreamBlock = 128;  // threads
 
-// Part `split` of `splits` of a row: its share of the vectors, and the edge beside them.
+// A block's part of a row, of as many as the grid is high: its share of the vectors, and the edge beside them.
 template <Storage S>
 struct Part {
   int begin, end;  // vectors
   int from, to;    // classes
-  bool first, last;
+  Span<S> span;    // of the whole row
 
-  FSL_DEVICE Part(const Span<S>& span, int classes, int split, int splits) {
-    const int share = splits == 1 ? span.vectors : (span.vectors + splits - 1) / splits;
+  FSL_DEVICE Part(const Span<S>& whole, int classes) : begin(0), end(whole.vectors), from(0), to(classes), span(whole) {
+    if (gridDim.y == 1) return;
+    const int split = blockIdx.y, share = (span.vectors + gridDim.y - 1) / gridDim.y;
     begin = min(split * share, span.vectors), end = min(begin + share, span.vectors);
-    first = split == 0, last = split == splits - 1;
-    from = first ? 0 : span.head + begin * Memory<S>::kVector;
-    to = last ? classes : span.head + end * Memory<S>::kVector;
+    if (split > 0) from = span.head + begin * Memory<S>::kVector;
+    if (split < gridDim.y - 1) to = span.head + end * Memory<S>::kVector;
   }
-  FSL_DEVICE int edge(const Span<S>& span, int lane) const {
-    return lane < Memory<S>::kVector ? (first ? span.edge(lane) : -1) : last ? span.edge(lane) : -1;
+  FSL_DEVICE int edge(int lane) const {
+    if ((span.head | span.tail) == 0) return -1;
+    const int k = span.edge(lane);
+    return k >= from && k < to ? k : -1;
+  }
+  // The first of this thread's vectors. From there kTurn of them are 32 apart, and neighbouring turns are neighbouring warps'.
+  FSL_DEVICE int mine(int lane) const { return begin + lane / 32 * (32 * kTurn) + lane % 32; }
+  // turn(i, has) for the vectors i + 32 v, v < kTurn; has(v) says which of them there are.
+  template <class F>
+  FSL_DEVICE void each_turn(int lane, int lanes, F turn) const {
+    int i = mine(lane);
+    for (; i + 32 * (kTurn - 1) < end; i += kTurn * lanes) turn(i, [](int) { return true; });
+    if (i < end) turn(i, [i, this](int v) { return i + 32 * v < end; });
   }
 };
 
-// One block a row and part: its moments.
+// A row's losses, and what its backward wants: by one thread.
+template <class T>
+FSL_DEVICE void settle(const Job<T>& job, int64_t r, const Row<T>& row, RowMoments<T> moments, T z_y, Tally<T>& tally) {
+  const bool finite = moments.s1 > 0 && moments.s1 < 1e37f, whole = finite && moments.n == T(job.classes - 1);
+  if (finite) Move about_one(moments);
+  const Weights<T> weights(job, r, row.label);
+  const RowLoss<T> out = finish_row(job, weights, moments, z_y, T(job.classes));
+  tally.add(job, r, weights.both(), out);
+  save(job, r, moments.m, out.gradient, !whole);
+}
+
+// A group a row and part: its moments; and its losses, where the part is the row.
 template <Storage S, unsigned Needs>
-__global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Job<float> job) {
+__global__ void __launch_bounds__(kStreamBlock, 8) reduce(const __grid_constant__ Job<float> job, int lanes) {
   using M = Memory<S>;
-  constexpr int V = M::kVector, N = kStep / V;
-  __shared__ float exchange[kMostWarps * 4];
-  const Group<float> group(blockDim.x, exchange);
-  if (blockIdx.x == 0 && threadIdx.x == 0 && job.counter) *job.counter = 0;  // for merge
-  for (int64_t unit = blockIdx.x; unit < job.rows * job.splits; unit += gridDim.x) {
-    const int64_t r = job.splits == 1 ? unit : unit / job.splits;
-    const int split = int(unit - r * job.splits);
+  constexpr int V = M::kVector;
+  __shared__ float exchange[kMostWarps * kMostSums];
+  const Group<float> group(lanes, exchange);
+  __shared__ Tally<float> tallies[kStreamBlock / 32];  // a warp's first thread's: registers are short
+  Tally<float>& tally = tallies[threadIdx.x / 32];
+  const bool first = threadIdx.x % 32 == 0;
+  if (first) tally = {};
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0 && job.counter) *job.counter = 0;  // for merge_parts
+  const int64_t stride = int64_t(gridDim.x) * group.count;
+  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += stride) {
     const Row<float> row = locate(job, r);
-    if (row.label < 0) continue;
+    if (row.label < 0) {
+      if (gridDim.y == 1) row_without_label<S>(job, group, r, row, 0, false, tally);
+      continue;
+    }
     const Span<S> span(row.logits, job.classes);
-    const Part<S> part(span, job.classes, split, job.splits);
+    const Part<S> part(span, job.classes);
     const char* body = row.logits + span.head * M::kBytes;
-    const int place = row.label - span.head;
-    const int vector = place >= 0 && place < span.vectors * V ? place / V : -1;
-    const int edge = part.edge(span, group.lane);
+    const int vector = span.vector(row.label);
 
-    // about the mean of a few logits that are not the true class
-    float sample[2] = {0, 0};
-    const int first = part.begin + group.lane;
-    if (group.lane < kSamples && first < part.end && first * V != place) sample[0] = M::load(body + int64_t(first) * 16), sample[1] = 1;
-    group.sum(sample);
-    const Reference at(sample[0] / fmaxf(sample[1], 1.f));
+    // about the mean of four logits that are not the true class: the plan gives each part more than two vectors
+    float z[V];
+    M::unpack(load16(body + int64_t(part.begin + (vector == part.begin)) * 16), z);
+    const Reference at((z[0] + z[1] + z[2] + z[3]) * 0.25f);
 
+    const float n = float(part.to - part.from - (row.label >= part.from && row.label < part.to));
     Sums<Needs> sums;
-    const auto add = [&](const uint4& raw) {
-      float z[V];
-      M::unpack(raw, z);
+    const char* from = body + int64_t(part.mine(group.lane)) * 16;
+    part.each_turn(group.lane, lanes, [&](int i, auto has) {
+      uint4 raw[kTurn];
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const float y = at.y(z[j]);
-        sums.add(y, exp2_approx(y));
-      }
-    };
-    // the true class is overwritten with the logit beside it, whose second exponential is taken back out
-    const auto leave_out = [&](uint4& raw) {
-      float twin;
-      M::take(raw, place % V, twin);
-      const float y = at.y(twin);
-      sums.remove(y, exp2_approx(y));
-    };
-    const char* from = body + int64_t(first) * 16;
-    const int stride = group.size * 16;
-    int i = first;
-    for (; i + (N - 1) * group.size < part.end; i += N * group.size, from += N * stride) {
-      uint4 raw[N];
-#pragma unroll
-      for (int v = 0; v < N; ++v) raw[v] = load16(from + v * stride);
-      const int ahead = vector - i;
-      if (ahead >= 0 && ahead % group.size == 0 && ahead < N * group.size) {
+      for (int v = 0; v < kTurn; ++v)
+        if (has(v)) raw[v] = load16(from + v * 512);
+      // the true class is overwritten with the logit beside it, whose second exponential is taken back out
+      const unsigned ahead = vector - i, held = __funnelshift_r(ahead, ahead, 5);  // ahead / 32, huge where that leaves a rest
+      if (held < kTurn) {
         uint4 own = raw[0];
 #pragma unroll
-        for (int v = 1; v < N; ++v)
-          if (v * group.size == ahead) own = raw[v];
-        leave_out(own);
+        for (int v = 1; v < kTurn; ++v)
+          if (v == held) own = raw[v];
+        float twin;
+        M::take(own, (row.label - span.head) % V, twin);
+        const float y = at.y(twin);
+        sums.remove(y, exp2_approx(y));
 #pragma unroll
-        for (int v = 0; v < N; ++v)
-          if (v * group.size == ahead) raw[v] = own;
+        for (int v = 0; v < kTurn; ++v)
+          if (v == held) raw[v] = own;
       }
 #pragma unroll
-      for (int v = 0; v < N; ++v) add(raw[v]);
-    }
-    for (; i < part.end; i += group.size, from += stride) {
-      uint4 raw = load16(from);
-      if (i == vector) leave_out(raw);
-      add(raw);
-    }
+      for (int v = 0; v < kTurn; ++v) {
+        if (has(v)) {
+          M::unpack(raw[v], z);
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            const float y = at.y(z[j]);
+            sums.add(y, exp2_approx(y));
+          }
+        }
+      }
+      from += kTurn * 16 * lanes;
+    });
+    const int edge = part.edge(group.lane);
     if (edge >= 0 && edge != row.label) {
       const float y = at.y(M::load(row.logits + int64_t(edge) * M::kBytes));
       sums.add(y, exp2_approx(y));
     }
     sums.join(group);
-    const float n = float(part.to - part.from - (row.label >= part.from && row.label < part.to));
     RowMoments<float> moments;
     if (n > 0 && !sums.sound(n)) {
       moments = careful_reduce<S>(group, row.logits, M::kBytes, part.from, part.to, row.label, static_cast<const float*>(nullptr),
@@ -112,8 +129,14 @@ __global__ void __launch_bounds__(256, 4) reduce(const __grid_constant__ Job<flo
     } else if (n > 0) {
       moments = sums.moments(n, at);
     }
-    if (group.lane == 0) reinterpret_cast<RowMoments<float>*>(job.moments)[unit] = moments;
+    if (group.lane != 0) continue;
+    if (gridDim.y == 1) {
+      settle(job, r, row, moments, M::load(row.logits + int64_t(row.label) * M::kBytes), tally);
+    } else {
+      reinterpret_cast<RowMoments<float>*>(job.moments)[r * gridDim.y + blockIdx.y] = moments;
+    }
   }
+  if (gridDim.y == 1) (first ? tally : Tally<float>{}).close(job);
 }
 
 template <class T, class F>
@@ -127,8 +150,9 @@ template <Storage S>
 __global__ void __launch_bounds__(256) merge_parts(const __grid_constant__ Job<float> job) {
   constexpr unsigned kAll = kLogits | kSquares | kEntropy;
   const Group<float> group(32, nullptr);
-  Tally<float> tally;
-  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
+  Tally<float> tally{};
+  const int64_t stride = int64_t(gridDim.x) * group.count;
+  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += stride) {
     const Row<float> row = locate(job, r);
     if (row.label < 0) {
       row_without_label<S>(job, group, r, row, 0, false, tally);
@@ -144,88 +168,77 @@ __global__ void __launch_bounds__(256) merge_parts(const __grid_constant__ Job<f
       moments = group.lane & o ? merge<kAll>(other, moments) : merge<kAll>(moments, other);
     }
     const float z_y = Memory<S>::load(row.logits + int64_t(row.label) * Memory<S>::kBytes);
-    const bool whole = moments.n == float(job.classes - 1) && moments.s1 > 0 && moments.s1 < 1e37f;
-    if (moments.s1 > 0 && moments.s1 < 1e37f) Move about_one(moments);
-    const RowLoss<float> out = finish_row(job, row, moments, z_y, float(job.classes));
-    if (group.lane != 0) continue;
-    tally.add(job, r, row, out);
-    save(job, r, moments.m, out.gradient, !whole);
+    if (group.lane == 0) settle(job, r, row, moments, z_y, tally);
   }
   tally.close(job);
 }
 
-// A group a row and part: its gradient from what the forward kept.
+// A warp a row and part: its gradient from what the forward kept.
 template <Storage S, unsigned Needs>
-__global__ void __launch_bounds__(256, 4) spread(const __grid_constant__ Job<float> job, int lanes) {
+__global__ void __launch_bounds__(kStreamBlock, 8) spread(const __grid_constant__ Job<float> job) {
   using M = Memory<S>;
-  constexpr int V = M::kVector, N = kStep / V;
+  constexpr int V = M::kVector, lanes = 32;
   if (settled(job)) return;
   const Group<float> group(lanes, nullptr);
   const float scale = mean_scale(job);
-  for (int64_t unit = int64_t(blockIdx.x) * group.count + group.index; unit < job.rows * job.splits;
-       unit += int64_t(gridDim.x) * group.count) {
-    const int64_t r = job.splits == 1 ? unit : unit / job.splits;
-    const int split = int(unit - r * job.splits);
+  const int64_t stride = int64_t(gridDim.x) * group.count;
+  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += stride) {
     const Row<float> row = locate(job, r);
     if (job.rescale && row.upstream == 1.f) continue;
     const Span<S> span(row.logits, job.classes);
-    const Part<S> part(span, job.classes, split, job.splits);
+    const Part<S> part(span, job.classes);
 
     if (row.label < 0) {
       fill_zero<S>(group, row.gradient, job.gradient_step, part.from, part.to);
       continue;
     }
 
-    const float* kept = job.saved + r;
-    const float m = kept[0], steep = kept[2 * job.rows];
-    const bool careful = kept[5 * job.rows] != 0;
-    RowGradient<float> g;
-    g.a = kept[job.rows], g.e0 = kept[3 * job.rows], g.label = kept[4 * job.rows];
-    (job.options.diversity == Diversity::kl ? g.t : job.options.diversity == Diversity::logit_variance ? g.e1 : g.b) = steep;
-    // a masked class gets what label smoothing takes from each, and NaN in a NaN row
-    if (careful) g.masked = g.a * 0.f - float(job.options.label_smoothing / job.options.classes) * row.row_weight;
-    g = times(g, scale * row.upstream);
-    // vectors where the gradient's row starts at the same place of its 16 bytes, which a fresh gradient mostly does
-    const bool alike = job.gradient_step == M::kBytes && ((row.gradient - row.logits) & 15) == 0;
-    if (careful || !alike) {
-      careful_spread<S>(group, row.logits, M::kBytes, row.gradient, job.gradient_step, part.from, part.to, row.label, m, g,
+    const Kept<float> kept(job, r);
+    const float factor = scale * row.upstream;
+    RowGradient<float> g = kept.template gradient<Needs>(job.options, factor);
+    if (kept.careful) {
+      // a masked class gets what label smoothing takes from each, and NaN in a NaN row
+      g.masked = g.a * 0.f - float(job.options.label_smoothing) / float(job.classes) * Weights<float>(job, r, row.label).of_row * factor;
+      careful_spread<S>(group, row.logits, M::kBytes, row.gradient, job.gradient_step, part.from, part.to, row.label, kept.m, g,
                         static_cast<const float*>(nullptr));
       continue;
     }
-    const Reference at(m);
+    const Reference at(kept.m);
     const Slope<Needs> slope(g, at, 0.f, 1.f);
-    const char* body = row.logits + span.head * M::kBytes;
-    const int place = row.label - span.head;
-    const int vector = place >= 0 && place < span.vectors * V ? place / V : -1;
-    const auto turn = [&](const uint4& raw) {
-      float z[V];
-      M::unpack(raw, z);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const float y = at.y(z[j]);
-        z[j] = slope(y, exp2_approx(y));
-      }
-      return M::pack(z);
-    };
-    const int first = part.begin + group.lane, stride = group.size * 16;
-    const char* from = body + int64_t(first) * 16;
-    const int64_t there = row.gradient - row.logits;
-    int i = first;
-    for (; i + (N - 1) * group.size < part.end; i += N * group.size, from += N * stride) {
-      uint4 raw[N];
-#pragma unroll
-      for (int v = 0; v < N; ++v) raw[v] = load16(from + v * stride);
-#pragma unroll
-      for (int v = 0; v < N; ++v) store16(const_cast<char*>(from + v * stride) + there, turn(raw[v]));
+    if (!alike<S>(row, job.gradient_step)) {
+      spread_across<S>(group, row, job.gradient_step, part.from, part.to, at, slope, g.label);
+      continue;
     }
-    for (; i < part.end; i += group.size, from += stride) store16(const_cast<char*>(from) + there, turn(load16(from)));
-    if (vector >= part.begin && vector < part.end && (vector - part.begin) % group.size == group.lane)  // over what this thread stored
-      M::store(row.gradient + int64_t(row.label) * M::kBytes, g.label);
-    const int edge = part.edge(span, group.lane);
+    const int64_t first = span.head * M::kBytes + int64_t(part.mine(group.lane)) * 16;
+    const char* from = row.logits + first;
+    char* to = row.gradient + first;
+    part.each_turn(group.lane, lanes, [&](int, auto has) {
+      uint4 raw[kTurn];
+#pragma unroll
+      for (int v = 0; v < kTurn; ++v)
+        if (has(v)) raw[v] = load16(from + v * 512);
+#pragma unroll
+      for (int v = 0; v < kTurn; ++v) {
+        if (has(v)) {
+          float z[V];
+          M::unpack(raw[v], z);
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            const float y = at.y(z[j]);
+            z[j] = slope(y, exp2_approx(y));
+          }
+          store16(to + v * 512, M::pack(z));
+        }
+      }
+      from += kTurn * 16 * lanes, to += kTurn * 16 * lanes;
+    });
+    const int edge = part.edge(group.lane);
     if (edge >= 0) {
       const float y = at.y(M::load(row.logits + int64_t(edge) * M::kBytes));
-      M::store(row.gradient + int64_t(edge) * M::kBytes, edge == row.label ? g.label : slope(y, exp2_approx(y)));
+      M::store(row.gradient + int64_t(edge) * M::kBytes, slope(y, exp2_approx(y)));
     }
+    group.sync();  // over what some thread of it has stored
+    if (group.lane == 0 && row.label >= part.from && row.label < part.to) M::store(row.gradient + int64_t(row.label) * M::kBytes, g.label);
   }
 }
 

@@ -37,16 +37,16 @@ struct Sums {
     if (Needs & kSquares) s2 = fmaf(-e, e, s2), sey = fmaf(-e, y, sey);
   }
   FSL_DEVICE void join(const Group<float>& group) {
-    float v[3] = {s1, sy, syy}, w[2] = {s2, sey};
-    if (Needs & kLogits) {
-      group.sum(v);
-    } else {
-      float only[1] = {s1};
-      group.sum(only);
-      v[0] = only[0];
-    }
-    if (Needs & kSquares) group.sum(w);
-    s1 = v[0], sy = v[1], syy = v[2], s2 = w[0], sey = w[1];
+    float v[kCount];
+    give(v);
+    group.sum(v);
+    take(v);
+  }
+  FSL_DEVICE void join_for_first(const Group<float>& group) {
+    float v[kCount];
+    give(v);
+    group.sum_for_first(v);
+    take(v);
   }
   // n: classes summed.
   FSL_DEVICE bool sound(float n) const {
@@ -66,6 +66,18 @@ struct Sums {
     }
     if (Needs & kSquares) r.s2 = s2 * f * f, r.sx = (sey - at.lost * s1) * f * kLn2;
     return r;
+  }
+
+ private:
+  FSL_DEVICE void give(float* v) const {
+    *v++ = s1;
+    if (Needs & kLogits) *v++ = sy, *v++ = syy;
+    if (Needs & kSquares) *v++ = s2, *v++ = sey;
+  }
+  FSL_DEVICE void take(const float* v) {
+    s1 = *v++;
+    if (Needs & kLogits) sy = *v++, syy = *v++;
+    if (Needs & kSquares) s2 = *v++, sey = *v++;
   }
 };
 
@@ -89,17 +101,52 @@ struct Slope {
   float a, b, t, e0, e1;
   bool exact;  // a has not underflowed, so that a product with a large exponential is right
 
+  Slope() = default;
   FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at, float shift, float factor) {
     const float f = exp2_approx(-at.lost) * factor, x0 = at.lost * kLn2 + shift;  // x = y ln 2 - x0
-    t = g.t * f * kLn2, a = (g.a - g.t * x0) * f, b = g.b * f * f;
-    e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * x0;
+    a = g.a * f;
+    if (Needs & kSquares) t = g.t * f * kLn2, a -= g.t * x0 * f, b = g.b * f * f;
+    if (Needs & kLogits) e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * x0;
     exact = fabsf(a) > 1e-36f || g.a == 0.f;
+  }
+  // What the group's first thread has, for all of it.
+  FSL_DEVICE void share(const Group<float>& group) {
+    a = group.of_first(a);
+    if (Needs & kSquares) b = group.of_first(b), t = group.of_first(t);
+    if (Needs & kLogits) e0 = group.of_first(e0), e1 = group.of_first(e1);
   }
   FSL_DEVICE float operator()(float y, float e) const {
     const float factor = Needs & kSquares ? fmaf(t, y, fmaf(b, e, a)) : a;
     return Needs & kLogits ? fmaf(e, factor, fmaf(e1, y, e0)) : e * factor;
   }
 };
+
+enum class Way : int { quick, across, careful };
+
+// What the threads of a row tell one another.
+template <unsigned Needs>
+struct Told {
+  float z_y;           // by whoever has it
+  Slope<Needs> slope;  // and the rest by the first, when it has finished
+  float label;
+  Way way;
+};
+
+// Whether the gradient's row starts at the same place of its 16 bytes as the logits', which a fresh gradient mostly does.
+template <Storage S>
+FSL_DEVICE bool alike(const Row<float>& row, int64_t gradient_step) {
+  return gradient_step == Memory<S>::kBytes && (int(row.gradient - row.logits) & 15) == 0;
+}
+
+// A gradient that lies otherwise than its logits, a logit at a time.
+template <Storage S, unsigned Needs>
+FSL_DEVICE void spread_across(const Group<float>& group, const Row<float>& row, int64_t gradient_step, int begin, int end,
+                              const Reference& at, const Slope<Needs>& slope, float label) {
+  for (int k = begin + group.lane; k < end; k += group.size) {
+    const float y = at.y(Memory<S>::load(row.logits + int64_t(k) * Memory<S>::kBytes));
+    Memory<S>::store(row.gradient + k * gradient_step, k == row.label ? label : slope(y, exp2_approx(y)));
+  }
+}
 
 }  // namespace cuda
 }  // namespace fastsoftloss

@@ -10,7 +10,23 @@
 namespace fastsoftloss {
 namespace cuda {
 
-constexpr int kTileHeld = 32, kChunk = 2, kTileBlock = 128;
+constexpr int kTileHeld = 36, kChunk = 4, kTileBlock = 128;
+
+// f(j) for j < count; each j is a constant, so that arrays stay in registers.
+template <int kFrom, class F>
+FSL_DEVICE void each_held(int count, F f) {
+  if constexpr (kFrom < kTileHeld) {
+    if (kFrom + kChunk <= count) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) f(kFrom + j);
+      each_held<kFrom + kChunk>(count, f);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        if (kFrom + j < count) f(kFrom + j);
+    }
+  }
+}
 
 template <Storage S, unsigned Needs, bool kStaged>
 __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Job<float> job, int lanes, int tile_rows) {
@@ -21,8 +37,10 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
   const Group<float> group(lanes, nullptr);
   const bool gradient = job.gradient.data != nullptr;
   const int classes = job.classes;
+  // an odd number of words a thread, so that neighbours are in different banks
+  const int words = (((classes + lanes - 1) >> group.shift) * M::kBytes + 3) / 4 | 1, share = words * 4 / M::kBytes;
   if (settled(job)) return;
-  Tally<float> tally;
+  Tally<float> tally{};
   const float scale = gradient ? mean_scale(job) : 1.f;
 
   for (int64_t start = int64_t(blockIdx.x) * tile_rows; start < job.rows; start += int64_t(gridDim.x) * tile_rows) {
@@ -57,61 +75,58 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         if (group.lane == 0) M::store(line + row.label * step, at.ref);
         __syncwarp(group.mask);
       }
+      // this thread's classes: side by side where the tile is staged, else every so many, so that neighbours read neighbours
+      const int first = kStaged ? group.lane * share : group.lane;
+      const int count = kStaged ? min(share, classes - first) : (classes - first + lanes - 1) >> group.shift;
+      const int64_t apart = kStaged ? M::kBytes : step * lanes;
       float y[kTileHeld], e[kTileHeld];
       Sums<Needs> sums;
-      const auto load_chunk = [&](int c, bool whole) {
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-          const int k = (c + j) * lanes + group.lane;
-          const bool there = whole || k < classes;
-          float z = at.ref;
-          if (there && (kStaged || k != row.label)) z = M::load(line + k * step);
-          y[c + j] = at.y(z), e[c + j] = exp2_approx(y[c + j]);
-          if (there) sums.add(y[c + j], e[c + j]);
-        }
-      };
-#pragma unroll
-      for (int c = 0; c < kTileHeld; c += kChunk) {
-        if ((c + kChunk) * lanes <= classes) {
-          load_chunk(c, true);
-        } else if (c * lanes < classes) {
-          load_chunk(c, false);
-        }
-      }
+      const char* const from = line + first * step;
+      each_held<0>(count, [&](int j) {
+        const bool own = !kStaged && first + j * lanes == row.label;
+        y[j] = at.y(own ? at.ref : M::load(from + j * apart)), e[j] = exp2_approx(y[j]);
+        sums.add(y[j], e[j]);
+      });
       if (group.lane == 0) sums.remove(at.lost, exp2_approx(at.lost));
       sums.join(group);
-      const float n = float(classes - 1);
-      if (!sums.sound(n)) {
-        if (kStaged && group.lane == 0) M::store(line + row.label * step, z_y);
-        if (kStaged) __syncwarp(group.mask);
-        Row<float> careful = row;
-        if (kStaged) careful.logits = line, careful.gradient = line;
-        careful_row<S>(job, group, r, careful, step, kStaged ? step : job.gradient_step, scale, gradient, tally);
-        continue;
-      }
-      RowMoments<float> moments = sums.moments(n, at);
-      const Move move(moments);
-      const RowLoss<float> out = finish_row(job, row, moments, z_y, float(classes));
-      if (group.lane == 0) tally.add(job, r, row, out);
-      if (!gradient || (!kStaged && job.rescale && row.upstream == 1.f)) continue;
-      const RowGradient<float> g = times(out.gradient, scale * row.upstream);
-      const Slope<Needs> slope(g, at, move.shift, move.factor);
-      char* const to = kStaged ? line : row.gradient;
-      const int64_t to_step = kStaged ? M::kBytes : job.gradient_step;
-      if (!slope.exact) {
-        careful_spread<S>(group, line, step, to, to_step, 0, classes, row.label, moments.m, g, static_cast<const float*>(nullptr));
-        continue;
-      }
-#pragma unroll
-      for (int c = 0; c < kTileHeld; c += kChunk) {
-        if (c * lanes >= classes) continue;
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-          const int k = (c + j) * lanes + group.lane;
-          if (k < classes) M::store(to + k * to_step, slope(y[c + j], e[c + j]));
+
+      // finish: by the group's first thread
+      Slope<Needs> slope;
+      float label = 0;
+      bool careful = true;
+      if (group.lane == 0) {
+        const float n = float(classes - 1);
+        if (sums.sound(n)) {
+          RowMoments<float> moments = sums.moments(n, at);
+          const Move move(moments);
+          const Weights<float> weights(job, r, row.label);
+          const RowLoss<float> out = finish_row(job, weights, moments, z_y, n + 1);
+          const RowGradient<float> g = times(out.gradient, scale * row.upstream);
+          slope = Slope<Needs>(g, at, move.shift, move.factor), label = g.label;
+          careful = gradient && !slope.exact;
+          if (!careful) tally.add(job, r, weights.both(), out);
         }
       }
-      if (row.label % lanes == group.lane) M::store(to + row.label * to_step, g.label);
+      careful = group.of_first(int(careful));
+      if (careful) {
+        if (kStaged && group.lane == 0) M::store(line + row.label * step, z_y);
+        if (kStaged) __syncwarp(group.mask);
+        Row<float> there = row;
+        if (kStaged) there.logits = line, there.gradient = line;
+        careful_row<S>(job, group, r, there, step, kStaged ? step : job.gradient_step, scale, gradient, tally);
+        continue;
+      }
+      if (!gradient || (!kStaged && job.rescale && row.upstream == 1.f)) continue;
+
+      // spread
+      slope.share(group);
+      const int64_t to_step = kStaged ? M::kBytes : job.gradient_step;
+      char* const row_to = kStaged ? line : row.gradient;
+      char* const to = row_to + first * to_step;
+      const int64_t to_apart = kStaged ? M::kBytes : to_step * lanes;
+      each_held<0>(count, [&](int j) { M::store(to + j * to_apart, slope(y[j], e[j])); });
+      __syncwarp(group.mask);
+      if (group.lane == 0) M::store(row_to + row.label * to_step, label);
     }
     if (kStaged && gradient) {
       char* to = job.gradient.data + start * classes * M::kBytes;

@@ -8,15 +8,28 @@ namespace fastsoftloss {
 namespace cuda {
 
 template <class T>
-FSL_DEVICE T block_sum(T v) {
-  __shared__ T warps[32];
+FSL_DEVICE T warp_sum(T v) {
+#pragma unroll
   for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = T(0);
-  for (int w = 0; w < (blockDim.x + 31) / 32; ++w) v += warps[w];
   return v;
+}
+
+// Sums over a block of up to 8 warps, for its first thread; once in a kernel.
+template <int N, class T>
+FSL_DEVICE void block_sum(T (&v)[N]) {
+  __shared__ T warps[N][8];
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) warps[i][threadIdx.x / 32] = v[i];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < blockDim.x / 32; ++w) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += warps[i][w];
+  }
 }
 
 // The terms of `partial` and what the mean divides them by, by all threads of one block.
@@ -28,9 +41,7 @@ FSL_DEVICE void write_total(const Job<T>& job, int blocks) {
     for (int j = 0; j < 4; ++j)
       if (j < 2 || job.parts) sums[j] += __ldcg(job.partial + int64_t(j) * blocks + i);
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-    if (j < 2 || job.parts) sums[j] = block_sum(sums[j]);
+  block_sum(sums);
   if (threadIdx.x != 0) return;
   const T divisor = job.mean ? sums[1] : T(1);
   *job.loss = sums[0] / divisor;
@@ -46,37 +57,43 @@ __global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job,
 // What the mean divides by, where it has to be known before the first gradient is written: its terms.
 template <class T>
 __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares) {
-  T sum = 0;
+  T sum[1] = {0};
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
     const Row<T> row = locate(job, r);
-    if (row.counts()) sum += row.class_weight * row.row_weight;
+    if (row.counts()) sum[0] += Weights<T>(job, r, row.label).both();
   }
-  sum = block_sum(sum);
+  block_sum(sum);
   if (threadIdx.x != 0) return;
-  shares[blockIdx.x] = sum;
+  shares[blockIdx.x] = sum[0];
   if (blockIdx.x == 0) *job.counter = 0;
 }
 
 // What a thread's rows add up to.
 template <class T>
 struct Tally {
-  T loss = 0, weight = 0, cross_entropy = 0, diversity = 0;
+  T loss, weight, cross_entropy, diversity;
 
-  // By one thread of those that share row r.
-  FSL_DEVICE void add(const Job<T>& job, int64_t r, const Row<T>& row, const RowLoss<T>& out) {
+  // By one thread of those that share row r, which counts for `share`.
+  FSL_DEVICE void add(const Job<T>& job, int64_t r, T share, const RowLoss<T>& out) {
     if (job.row_loss) {
       job.row_loss[r] = out.loss;
       if (job.parts) job.row_parts[r] = out.cross_entropy, job.row_parts[job.rows + r] = out.diversity;
     } else if (job.partial) {
       loss += out.loss, cross_entropy += out.cross_entropy, diversity += out.diversity;
-      if (row.counts()) weight += row.class_weight * row.row_weight;
+      weight += share;
     }
   }
   // By all threads of the block, once; the last block to come here writes the total if it is to.
   FSL_DEVICE void close(const Job<T>& job) const {
     if (!job.partial) return;
-    const T sums[4] = {block_sum(loss), block_sum(weight), job.parts ? block_sum(cross_entropy) : T(0),
-                       job.parts ? block_sum(diversity) : T(0)};
+    T sums[4] = {loss, weight, cross_entropy, diversity};
+    if (job.parts) {
+      block_sum(sums);
+    } else {
+      T two[2] = {loss, weight};
+      block_sum(two);
+      sums[0] = two[0], sums[1] = two[1];
+    }
     __shared__ bool last;
     if (threadIdx.x == 0) {
 #pragma unroll
@@ -100,14 +117,14 @@ FSL_DEVICE bool settled(const Job<T>& job) {
   return job.rescale && job.one_upstream && *reinterpret_cast<const T*>(job.upstream.data) == T(1);
 }
 
-// What the gradient is multiplied by, the row's own upstream gradient aside: by all threads of a block, at its start.
+// What the gradient is multiplied by, the row's own upstream gradient aside: by all threads of a warp.
 template <class T>
 FSL_DEVICE T mean_scale(const Job<T>& job) {
   if (!job.mean) return T(1);
   if (job.shares) {
     T sum = 0;
-    for (int i = threadIdx.x; i < job.share_count; i += blockDim.x) sum += job.shares[i];
-    return T(1) / block_sum(sum);
+    for (int i = threadIdx.x % 32; i < job.share_count; i += 32) sum += job.shares[i];
+    return T(1) / warp_sum(sum);
   }
   return job.upstream.data ? T(1) / *job.divisor : T(1);  // a forward without gradient divides at the end
 }
