@@ -61,7 +61,6 @@ class Protocol(NamedTuple):
     limit: int
     effort: attack.Effort
     curve_limit: int
-    check_limit: int
 
 
 class Configuration(NamedTuple):
@@ -250,20 +249,21 @@ def verdict(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def autoattack_table(runs: list[dict[str, Any]], networks: dict[str, nn.Module], images: data.Data, protocol: Protocol, device: str) -> str:
+def autoattack_table(runs: list[dict[str, Any]], networks: dict[str, nn.Module], images: data.Data, protocol: Protocol, limit: int) -> str:
     """AutoAttack at its published strength against this report's ``strong``, on the contest's two finalists of seed 0."""
     plain, penalised = contest(runs)
-    if not protocol.check_limit:
+    if not limit:
         return ""
-    part = slice(min(protocol.check_limit, protocol.limit))
-    x, y = images.x_test[part].to(device), images.y_test[part].to(device)
+    part = slice(min(limit, protocol.limit))
     lines = [
-        f"AutoAttack at its published strength, seed 0, the first {len(y)} test images:\n",
+        f"AutoAttack at its published strength, seed 0, the first {len(images.y_test[part])} test images:\n",
         "| training | strong | AutoAttack |",
         "|---|---|---|",
     ]
     for label in plain[:1] + penalised[:1]:
         strong = next(record["strong_rows"] for record in runs if record["label"] == label and record["seed"] == 0)[part]
+        device = next(networks[label].parameters()).device
+        x, y = images.x_test[part].to(device), images.y_test[part].to(device)
         kept = attack.evaluate(networks[label], x, y, protocol.eps, ("autoattack",))["autoattack"]
         lines.append(f"| {label} | {100 * statistics.fmean(strong):.1f} | {100 * float(kept.float().mean()):.1f} |")
     return "\n".join(lines)
@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     full = {"seeds": 4, "limit": 300, "apgd_steps": 50, "queries": 500, "check": 100}
     chosen = {name: getattr(args, name) if getattr(args, name) is not None else preset.get(name, full[name]) for name in full}
     effort = attack.Effort(apgd_steps=chosen["apgd_steps"], queries=chosen["queries"])
-    protocol = Protocol(args.eps, chosen["limit"], effort, 100 if args.quick else 200, chosen["check"])
+    protocol = Protocol(args.eps, chosen["limit"], effort, 100 if args.quick else 200)
     lists = QUICK if args.quick else FULL
     if args.threads is None and args.model == "cnn":
         args.threads = 1  # on nets this small a second thread waits more than it works
@@ -337,10 +337,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 plan.append(Run(images, one, recipe, args.out / Path(name).stem / f"{one.file}-seed{seed}"))
     runs = [run.record(protocol, args.device) for run in tqdm(plan, "report")]
-    write(args.out, plan, runs, protocol, args)
+    write(args.out, plan, runs, protocol, chosen["check"], args)
 
 
-def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Protocol, args: argparse.Namespace) -> None:
+def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Protocol, check: int, args: argparse.Namespace) -> None:
     """report.md, report.json and the figures; the table goes to the terminal too."""
     text = ["# Robustness report"]
     extra: dict[str, Any] = {}
@@ -364,7 +364,7 @@ def write(out: Path, plan: list[Run], runs: list[dict[str, Any]], protocol: Prot
             accuracy_table(mine),
             verdict(mine),
             correlation(mine),
-            autoattack_table(mine, networks, images, protocol, args.device),
+            autoattack_table(mine, networks, images, protocol, check),
             f"![{name}]({figure})",
         ]
         label, net = next(iter(networks.items()))
