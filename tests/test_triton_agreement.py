@@ -56,7 +56,7 @@ def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
     ("classes", "dtype", "diversity"),
     list(itertools.product((10,), (BF16,), DIVERSITIES))
     + list(itertools.product((1003,), (F32,), ("kl", "variance")))
-    + list(itertools.product((20000,), (BF16,), DIVERSITIES if INTERPRETED else ("chi2", "reverse_kl", "kl"))),
+    + list(itertools.product((20000,), (BF16,), ("chi2", "reverse_kl", "kl"))),  # one for each set of moments,
 )
 def test_every_penalty_with_every_option(diversity: str | None, classes: int, dtype: torch.dtype) -> None:
     logits, target = batch(5, classes, dtype)
@@ -123,7 +123,7 @@ def test_strides(name: str, classes: int) -> None:
 )
 def test_margins_and_offsets(diversity: str | None, classes: int) -> None:
     margins = torch.tensor([-80.0, -5.0, 20.0, 80.0] if classes > 10000 else [-80.0, -40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0, 80.0])
-    for offset in (0.0, 1e4, -1e4) if INTERPRETED else (0.0, 1e4):
+    for offset in (0.0, 1e4, -1e4) if INTERPRETED and classes < 10_000 else (0.0, 1e4):
         logits, target = batch(len(margins), classes, F32)
         logits[torch.arange(len(margins)), target] = 0
         complement = logits.double().scatter(1, target[:, None], -torch.inf).logsumexp(1)
@@ -135,7 +135,7 @@ def test_margins_and_offsets(diversity: str | None, classes: int) -> None:
 def test_extreme_logits(classes: int) -> None:
     inf = torch.inf
     every: list[dict[str, object]] = [{}, {"diversity": "kl", "label_smoothing": 0.1}, {"diversity": "reverse_kl", "z_loss": 0.1}]
-    for options in every:
+    for options in every if classes < 10_000 or not INTERPRETED else every[1:2]:
         logits, target = batch(12, classes, F32)
         target[:] = 2
         logits[0, 0] = inf
