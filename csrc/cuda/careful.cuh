@@ -162,12 +162,16 @@ FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r,
                     times(out.gradient, scale * row.upstream), weight);
 }
 
+constexpr int kCarefulBlock = 128;  // threads
+
 // All rows so: float64, class weights under label smoothing, and class strides with more classes than tile.cuh holds.
 template <Storage S, class T>
-__global__ void __launch_bounds__(128, sizeof(T) == 4 ? 8 : 4) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
+__global__ void __launch_bounds__(kCarefulBlock, sizeof(T) == 4 ? 8 : 4) careful_rows(const __grid_constant__ Job<T> job, int lanes) {
   if (settled(job)) return;
+  __builtin_assume(lanes <= 32);
   const Group<T> group(lanes, nullptr);
-  Tally<T> tally{};
+  __shared__ Tally<T> tallies[kCarefulBlock];  // registers are short
+  Tally<T>& tally = tallies[threadIdx.x] = {};
   const T scale = mean_scale(job);
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
     const Row<T> row = locate(job, r);

@@ -68,6 +68,7 @@ struct Group {
     if (threadIdx.x % 32 == 0) exchange[threadIdx.x / 32] = m;
     __syncthreads();
     m = exchange[0];
+#pragma unroll 1
     for (int w = 1; w < size / 32; ++w) m = max(m, exchange[w]);
     return m;
   }
@@ -94,6 +95,7 @@ struct Group {
   FSL_DEVICE void sum_of_warps(T (&v)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = exchange[i];
+#pragma unroll 1  // a row loop around it would keep what the unrolled one counts with
     for (int w = 1; w < size / 32; ++w) {
 #pragma unroll
       for (int i = 0; i < N; ++i) v[i] += exchange[w * N + i];

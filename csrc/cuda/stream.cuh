@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kStreamBlock, 8) reduce(const __grid_constant_
   using M = Memory<S>;
   constexpr int V = M::kVector;
   __shared__ float exchange[kMostWarps * kMostSums];
+  __builtin_assume(lanes >= 32);  // no register for the lanes of a group within a warp
   const Group<float> group(lanes, exchange);
   __shared__ Tally<float> tallies[kStreamBlock / 32];  // a warp's first thread's: registers are short
   Tally<float>& tally = tallies[threadIdx.x / 32];
@@ -85,23 +86,18 @@ __global__ void __launch_bounds__(kStreamBlock, 8) reduce(const __grid_constant_
     const char* from = body + int64_t(part.mine(group.lane)) * 16;
     part.each_turn(group.lane, lanes, [&](int i, auto has) {
       uint4 raw[kTurn];
+      // without the zeros ptxas keeps registers for raw through the whole kernel
 #pragma unroll
-      for (int v = 0; v < kTurn; ++v)
-        if (has(v)) raw[v] = load16(from + v * 512);
+      for (int v = 0; v < kTurn; ++v) raw[v] = has(v) ? load16(from + v * 512) : uint4{};
       // the true class is overwritten with the logit beside it, whose second exponential is taken back out
       const unsigned ahead = vector - i, held = __funnelshift_r(ahead, ahead, 5);  // ahead / 32, huge where that leaves a rest
       if (held < kTurn) {
-        uint4 own = raw[0];
-#pragma unroll
-        for (int v = 1; v < kTurn; ++v)
-          if (v == held) own = raw[v];
         float twin;
-        M::take(own, (row.label - span.head) % V, twin);
-        const float y = at.y(twin);
-        sums.remove(y, exp2_approx(y));
 #pragma unroll
         for (int v = 0; v < kTurn; ++v)
-          if (v == held) raw[v] = own;
+          if (v == held) M::take(raw[v], (row.label - span.head) % V, twin);
+        const float y = at.y(twin);
+        sums.remove(y, exp2_approx(y));
       }
 #pragma unroll
       for (int v = 0; v < kTurn; ++v) {
@@ -147,7 +143,7 @@ FSL_DEVICE RowMoments<T> map(RowMoments<T> r, F f) {
 
 // One warp a row: the parts in one, its losses, and what the backward wants.
 template <Storage S>
-__global__ void __launch_bounds__(256) merge_parts(const __grid_constant__ Job<float> job) {
+__global__ void __launch_bounds__(256, 4) merge_parts(const __grid_constant__ Job<float> job) {
   constexpr unsigned kAll = kLogits | kSquares | kEntropy;
   const Group<float> group(32, nullptr);
   Tally<float> tally{};
