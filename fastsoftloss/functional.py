@@ -286,72 +286,52 @@ def apply(
     """:func:`cross_entropy` with its options settled."""
     if options.diversity_weight == 0 and not return_components:  # a penalty that nobody sees
         options = options._replace(diversity=_DIVERSITY_INDEX[None])
-    if not isinstance(target, Tensor) or target.is_floating_point():
-        return _apply_soft(logits, target, weight, sample_weight, options, return_components, backend)
-    if target.dtype is torch.uint8:  # PyTorch takes it too
-        target = target.long()
+    index = isinstance(target, Tensor) and not target.is_floating_point()
+    if index and target.dtype is torch.uint8:  # type: ignore[union-attr]  # PyTorch takes it too
+        target = target.long()  # type: ignore[union-attr]
     operators = backends.choose(backend, logits.device)
     compiling = torch.compiler.is_compiling()
     transformed = _transformed()
     weighted = weight is not None or sample_weight is not None
-    learned = weighted and ((weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad))
-    if transformed or learned:  # the kernels have no gradient for the weights
-        operators = None
     # the CPU's kernel refuses what does not fit: the look for the reason is paid only then
-    if operators is None or operators.rescale is not None or compiling or weighted or type(logits) is not Tensor:
+    if (
+        not index
+        or operators is None
+        or operators.rescale is not None
+        or compiling
+        or transformed
+        or weighted
+        or type(logits) is not Tensor
+    ):
         _check_tensors(logits, target, weight, sample_weight)
-    if operators is None:
+    form, packed = "index", target
+    if not index:
+        form, packed, sample_weight = _pack(target, sample_weight, reference.accumulation_dtype(logits.dtype))
+    # the kernels differentiate by the logits alone
+    learned = (weighted or not index) and any(t is not None and t.requires_grad for t in (packed, weight, sample_weight))  # type: ignore[union-attr]
+    if operators is None or form not in operators.forms or transformed or learned:
         if logits.device.type == "cpu" and not (transformed or compiling):
             _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
-        components = LossComponents(*ops.plain(logits, target, weight, sample_weight, options))
+        components = LossComponents(*ops.plain(logits, packed, weight, sample_weight, options))  # type: ignore[arg-type]
         return components if return_components else components.loss
     if weight is not None:
         weight = weight.to(reference.accumulation_dtype(logits.dtype)).contiguous()
     if sample_weight is not None:
         sample_weight = sample_weight.to(reference.accumulation_dtype(logits.dtype))
     try:
-        loss, parts = ops.cross_entropy(operators, logits, target, weight, sample_weight, options, return_components)
+        loss, parts = ops.cross_entropy(operators, logits, packed, weight, sample_weight, options, return_components)  # type: ignore[arg-type]
     except RuntimeError:
-        _check_tensors(logits, target, weight, sample_weight)
+        if index:
+            _check_tensors(logits, target, weight, sample_weight)
         # the kernel stops at the first target out of range
         _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
         raise
     return loss if parts is None else LossComponents(loss, parts[0], parts[1])
 
 
-def _apply_soft(
-    logits: Tensor,
-    target: Target,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    options: ops.Options,
-    return_components: bool,
-    backend: str | None,
-) -> Tensor | LossComponents:
-    """:func:`apply` for the targets that are more than one label."""
-    _check_tensors(logits, target, weight, sample_weight)
-    operators = backends.choose(backend, logits.device)
-    dtype = reference.accumulation_dtype(logits.dtype)
+def _pack(target: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> tuple[str, Tensor, Tensor | None]:
+    """A target that is more than one label, as the operators take it: its form, the tensor, and what sample_weight becomes."""
     if isinstance(target, tuple):
-        form = "mixture"
-        packed, sample_weight = reference.pack_mixture(target, sample_weight, dtype)
-    else:
-        form, packed = "probabilities", target
-    traced = _transformed()
-    # the kernels differentiate by the logits alone
-    learned = any(t is not None and t.requires_grad for t in (packed, weight, sample_weight))
-    if operators is None or form not in operators.forms or traced or learned:
-        if logits.device.type == "cpu" and not (traced or torch.compiler.is_compiling()):
-            _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
-        components = LossComponents(*ops.plain(logits, packed, weight, sample_weight, options))
-        return components if return_components else components.loss
-    if packed.is_floating_point() and (dtype is torch.float64 or packed.dtype is torch.float64):
-        packed = packed.to(dtype)
-    weight = None if weight is None else weight.to(dtype).contiguous()
-    sample_weight = None if sample_weight is None else sample_weight.to(dtype)
-    try:
-        loss, parts = ops.cross_entropy(operators, logits, packed, weight, sample_weight, options, return_components)
-    except RuntimeError:
-        _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
-        raise
-    return loss if parts is None else LossComponents(loss, parts[0], parts[1])
+        return "mixture", *reference.pack_mixture(target, sample_weight, dtype)
+    # 16 bits are read as they are, but not in double's arithmetic
+    return "probabilities", target.to(dtype) if torch.float64 in (dtype, target.dtype) else target, sample_weight
