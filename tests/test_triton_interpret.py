@@ -17,7 +17,8 @@ FILES = {
     "test_bad_input": "triton and not (out_of_range or every_block or no_classes or 40000)",
     "test_autograd": "triton and not (loss_scaling or 40000)",
     "test_compile": "triton",
-    "test_derivatives": "triton",
+    # other forms of a target take the plain way here, as they do in the reference; finite differences once for each penalty
+    "test_derivatives": "triton and not (mixture or probabilities or index-plain)",
     "test_module": "triton",
     "test_features": "triton",
 }
