@@ -130,6 +130,10 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """``new``, and what ``old`` has of families, dtypes and classes that ``new`` did not measure."""
     families_ = list(families.FAMILIES) + list(families.CPU)
     result = dict(new)
+    result["versions"] = {
+        name: ", ".join(sorted({*old.get("versions", {}).get(name, version).split(", "), version}))
+        for name, version in new.get("versions", {}).items()
+    }
     for part in ("kernels", "accuracy"):
         measured = {(row["family"], row["dtype"], row["classes"]) for row in new[part]}
         rows = new[part] + [row for row in old[part] if (row["family"], row["dtype"], row["classes"]) not in measured]

@@ -92,6 +92,9 @@ def test_families_measured_anew_replace_the_saved_ones() -> None:
         return {"kernels": rows_, "accuracy": rows_, "missing": {}}
 
     old = part(("ours", 10, 1), ("ours", 100, 1), ("liger", 10, 1)) | {"missing": {"flash": "why"}}
-    merged = kernels.merged(old, part(("ours", 10, 2)) | {"missing": {"liger": "why"}})
+    old["versions"], versions = {"torch": "2.1"}, {"torch": "2.0"}
+    merged = kernels.merged(old, part(("ours", 10, 2)) | {"missing": {"liger": "why"}, "versions": versions})
+    assert merged["versions"] == {"torch": "2.0, 2.1"}  # what either was measured under
+    assert kernels.merged(merged, part() | {"versions": versions})["versions"] == merged["versions"]
     assert [(r["family"], r["classes"], r["value"]) for r in merged["kernels"]] == [("ours", 10, 2), ("liger", 10, 1), ("ours", 100, 1)]
     assert merged["missing"] == {"flash": "why"}
