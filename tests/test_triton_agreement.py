@@ -73,7 +73,8 @@ def test_float64(diversity: str | None, classes: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ops.REDUCTIONS)
-@pytest.mark.parametrize("classes", [1, 2, 7, 300, 20000] if INTERPRETED else [7])
+# long rows are reduced by "mean" and by "none" in the tests below
+@pytest.mark.parametrize("classes", [1, 2, 7, 300] if INTERPRETED else [7])
 def test_reductions(reduction: str, classes: int) -> None:
     rows = 9 if classes < 10000 else 3
     logits, target = batch(rows, classes, F32)
