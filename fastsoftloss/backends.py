@@ -64,7 +64,7 @@ def _load_triton() -> None:
     def later(function: str) -> Callable[..., Any]:  # importing triton takes longer than all the rest, and not every process needs it
         return lambda *args: getattr(importlib.import_module("fastsoftloss.triton_backend"), function)(*args)
 
-    _ready["triton"] = ops.define("triton_cross_entropy", later("rescale"), triton_plan.outputs)
+    _ready["triton"] = ops.define("triton_cross_entropy", later("rescale"), triton_plan.outputs, ops.FORMS)
     ops.implement("triton_cross_entropy", later("forward"), ("CUDA", "CPU"))
     ops.implement("triton_cross_entropy_backward", later("backward"), ("CUDA", "CPU"))
 
@@ -96,27 +96,27 @@ def serves(name: str, device: torch.device) -> bool:
     return name == "reference" or device.type in devices[name]
 
 
-def default(device: torch.device) -> str:
-    """The backend for tensors on ``device`` when none is named."""
+def default(device: torch.device, form: str = "index") -> str:
+    """The backend for tensors on ``device`` and a target of this form when none is named."""
     names = _DEFAULTS.get(device.type, ())
     for name in names:
-        if name in _ready:
+        if name in _ready and form in _ready[name].forms:
             return name
     if names and device.type not in _warned and not torch.compiler.is_compiling():
         _warned.add(device.type)
-        reasons = "; ".join(f"{name}: {_missing[name]}" for name in names)
+        reasons = "; ".join(f"{name}: {_missing[name]}" for name in names if name in _missing)
         warnings.warn(f"fastsoftloss runs in plain PyTorch on {device.type}, several times slower. {reasons}", stacklevel=4)
     return "reference"
 
 
-def choose(name: str | None, device: torch.device) -> ops.Operators | None:
-    """The operators that serve ``device``, or None for the reference.
+def choose(name: str | None, device: torch.device, form: str = "index") -> ops.Operators | None:
+    """The operators that serve ``device`` and targets of this form, or None for the reference.
 
     Raises ValueError for an unknown name or one that does not serve the device, RuntimeError for one that is not built.
     """
-    if name is None and (best := _best.get(device.type)):
+    if name is None and (best := _best.get(device.type)) and form in best.forms:
         return best
-    name = _override or name or default(device)
+    name = _override or name or default(device, form)
     if name == "reference":
         return None
     if name not in NAMES:
@@ -126,4 +126,4 @@ def choose(name: str | None, device: torch.device) -> ops.Operators | None:
     if not serves(name, device):
         hint = "; it does in Triton's interpreter, with TRITON_INTERPRET=1" if name == "triton" else ""
         raise ValueError(f"backend={name!r} does not serve tensors on {device}{hint}")
-    return _ready[name]
+    return _ready[name] if form in _ready[name].forms else None

@@ -289,7 +289,8 @@ def apply(
     index = isinstance(target, Tensor) and not target.is_floating_point()
     if index and target.dtype is torch.uint8:  # type: ignore[union-attr]  # PyTorch takes it too
         target = target.long()  # type: ignore[union-attr]
-    operators = backends.choose(backend, logits.device)
+    form = "index" if index else "mixture" if isinstance(target, tuple) else "probabilities"
+    operators = backends.choose(backend, logits.device, form)
     compiling = torch.compiler.is_compiling()
     transformed = _transformed()
     weighted = weight is not None or sample_weight is not None
@@ -304,12 +305,12 @@ def apply(
         or type(logits) is not Tensor
     ):
         _check_tensors(logits, target, weight, sample_weight)
-    form, packed = "index", target
+    packed = target
     if not index:
-        form, packed, sample_weight = _pack(target, sample_weight, reference.accumulation_dtype(logits.dtype))
+        packed, sample_weight = _pack(target, sample_weight, reference.accumulation_dtype(logits.dtype))
     # the kernels differentiate by the logits alone
     learned = (weighted or not index) and any(t is not None and t.requires_grad for t in (packed, weight, sample_weight))  # type: ignore[union-attr]
-    if operators is None or form not in operators.forms or transformed or learned:
+    if operators is None or transformed or learned:
         if logits.device.type == "cpu" and not (transformed or compiling):
             _check_target_range(target, logits.shape[min(1, logits.dim() - 1)], options.ignore_index)
         components = LossComponents(*ops.plain(logits, packed, weight, sample_weight, options))  # type: ignore[arg-type]
@@ -329,9 +330,9 @@ def apply(
     return loss if parts is None else LossComponents(loss, parts[0], parts[1])
 
 
-def _pack(target: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> tuple[str, Tensor, Tensor | None]:
-    """A target that is more than one label, as the operators take it: its form, the tensor, and what sample_weight becomes."""
+def _pack(target: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A target that is more than one label, as the operators take it, and what sample_weight becomes."""
     if isinstance(target, tuple):
-        return "mixture", *reference.pack_mixture(target, sample_weight, dtype)
+        return reference.pack_mixture(target, sample_weight, dtype)
     # 16 bits are read as they are, but not in double's arithmetic
-    return "probabilities", target.to(dtype) if torch.float64 in (dtype, target.dtype) else target, sample_weight
+    return target.to(dtype) if torch.float64 in (dtype, target.dtype) else target, sample_weight

@@ -16,7 +16,8 @@ from fastsoftloss import ops, reference
 from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
 from fastsoftloss import triton_rows as long
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, chunks_at_a_time, outputs, plan
+from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, outputs, plan, soft_plan
+from fastsoftloss.triton_soft import soft
 
 _NONE, _MEAN = (ops.REDUCTIONS.index(name) for name in ("none", "mean"))
 _LIMIT_INT32 = 2**31
@@ -63,7 +64,7 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
 class _Rows:
     """Logits as rows of classes: sizes and strides of the row dimensions, and what the kernels want to know of them."""
 
-    def __init__(self, logits: Tensor, gradient: Tensor | None) -> None:
+    def __init__(self, logits: Tensor, gradient: Tensor | None, target: Tensor | None = None) -> None:
         def split(t: Tensor) -> tuple[int, list[int]]:
             stride = list(t.stride())
             return (stride[0], []) if t.dim() == 1 else (stride[1], stride[:1] + stride[2:])
@@ -73,9 +74,10 @@ class _Rows:
         self.classes = shape[0] if logits.dim() == 1 else shape[1]
         self.class_stride, z = split(logits)
         self.g_class_stride, g = split(logits if gradient is None else gradient)
+        self.t_class_stride, t = split(logits if target is None or not target.is_floating_point() else target)
         if self.classes <= 1:
-            self.class_stride = self.g_class_stride = 1
-        self.sizes, (self.strides, self.g_strides) = collapse(sizes, z, g)
+            self.class_stride = self.g_class_stride = self.t_class_stride = 1
+        self.sizes, (self.strides, self.g_strides, self.t_strides) = collapse(sizes, z, g, t)
         self.rows = 1
         for size in self.sizes:
             self.rows *= size
@@ -98,15 +100,17 @@ class _Rows:
             self.same,
         )
 
+    def padded(self, strides: list[int]) -> list[int]:
+        return [0] * (MAX_ROW_DIMS - len(strides)) + strides
+
     def arguments(self, gradient: bool) -> dict[str, int]:
         """Sizes and strides as the kernels name them; absent leading dimensions are of size 1."""
-        pad = MAX_ROW_DIMS - len(self.sizes)
-        sizes = [1] * pad + self.sizes
+        sizes = [1] * (MAX_ROW_DIMS - len(self.sizes)) + self.sizes
         out = {f"n{i}": sizes[i] for i in (1, 2, 3)}
-        out |= {f"s{i}": s for i, s in enumerate([0] * pad + self.strides)}
+        out |= {f"s{i}": s for i, s in enumerate(self.padded(self.strides))}
         out["sc"] = self.class_stride
         if gradient:
-            out |= {f"t{i}": s for i, s in enumerate([0] * pad + self.g_strides)}
+            out |= {f"t{i}": s for i, s in enumerate(self.padded(self.g_strides))}
             out["tc"] = self.g_class_stride
         return out
 
@@ -145,6 +149,12 @@ class _Call(NamedTuple):
     diversity: int
     diversity_weight: float
     z_loss: float
+
+    @property
+    def form(self) -> str:
+        if self.target.is_floating_point():
+            return "probabilities"
+        return "mixture" if self.target.dim() == self.logits.dim() else "index"
 
     def labels(self) -> dict[str, Any]:
         target, stride = _flat(self.target)
@@ -211,7 +221,8 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _Call(*common)
     logits, target, reduction = call.logits, call.target, call.reduction
     dtype = reference.accumulation_dtype(logits.dtype)
-    shape = target.shape if reduction == _NONE else torch.Size()
+    rows_shape = ops.rows_of(logits)
+    shape = rows_shape if reduction == _NONE else torch.Size()
     moments_size, gradient = outputs(logits, target, reduction, gradient)
     nothing = logits.new_empty(0, dtype=dtype)
     loss = logits.new_empty(shape, dtype=dtype)
@@ -219,42 +230,54 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dlogits = torch.empty_like(logits) if gradient else logits.new_empty(0)
     moments = logits.new_empty(moments_size, dtype=dtype)
     result = loss, components, dlogits, moments
-    if target.numel() == 0:
+    if rows_shape.numel() == 0:
         for t in (loss, components, moments):
             t.fill_(float("nan") if reduction == _MEAN else 0.0)
         return result
 
-    call = call._replace(logits=_few_row_dims(logits))
     dz = dlogits if gradient else None
-    rows = _Rows(call.logits, dz)
-    chosen = rows.plan(logits, gradient)
+    call, rows, chosen = _prepare(call, dz)
     pointers: dict[str, Any] = {"loss_ptr": loss, "parts_ptr": components if parts else None}
     with _on(logits.device):
-        if not chosen.resident:
-            _long_forward(call, rows, chosen, moments, pointers)
-            return result
-        if chosen.keeps and moments_size > 1:
-            pointers["saved_ptr"] = moments[1:]
+        if isinstance(chosen, Plan):
+            if not chosen.resident:
+                _long_forward(call, rows, chosen, moments, pointers)
+                return result
+            if chosen.keeps and moments_size > 1:
+                pointers["saved_ptr"] = moments[1:]
+            launch = functools.partial(_resident, call, rows, chosen, dz, _NOTHING_ABOVE)
+        else:
+            launch = functools.partial(_soft, call, rows, chosen, dz, _NOTHING_ABOVE)
         if reduction == _NONE:
-            _resident(call, rows, chosen, dz, _NOTHING_ABOVE, **pointers)
+            launch(**pointers)
             return result
         pointers["partials_ptr"] = logits.new_empty(4 * chosen.programs, dtype=dtype)
         if reduction == _MEAN and gradient:
             # the divisor comes first, since every gradient wants it; then the last program to finish sums the loss
-            shares = logits.new_empty(_share_count(rows.rows), dtype=dtype)
-            counter = torch.empty(1, dtype=torch.int32, device=logits.device)
-            finish.divisors[(shares.numel(),)](
-                out_ptr=shares, counter_ptr=counter, rows=rows.rows, K=rows.classes, **call.labels(), **call.samples(),
-                BLOCK=1024, num_warps=4,
-            )  # fmt: skip
-            _resident(call, rows, chosen, dz, _NOTHING_ABOVE, divisor_ptr=moments, shares_ptr=shares, counter_ptr=counter, **pointers)
+            shares, counter = _shares(call, rows)
+            launch(divisor_ptr=moments, shares_ptr=shares, counter_ptr=counter, **pointers)
             return result
-        _resident(call, rows, chosen, dz, _NOTHING_ABOVE, **pointers)
+        launch(**pointers)
         divisor = moments if reduction == _MEAN else None
         finish.total[(1,)](
             pointers["partials_ptr"], divisor, loss, pointers["parts_ptr"], chosen.programs, REDUCTION=reduction, BLOCK=1024, num_warps=4
         )
     return result
+
+
+def _shares(call: _Call, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """What the mean divides by, in a few parts, and a counter of programs at 0."""
+    dtype = reference.accumulation_dtype(call.logits.dtype)
+    if call.form == "probabilities":
+        every = call.logits.new_full((1,), rows.rows, dtype=dtype) if call.sample_weight is None else call.sample_weight.sum().view(1)
+        return every, torch.zeros(1, dtype=torch.int32, device=call.logits.device)
+    labels = call.target.numel()
+    shares = call.logits.new_empty(_share_count(labels), dtype=dtype)
+    counter = torch.empty(1, dtype=torch.int32, device=call.logits.device)
+    finish.divisors[(shares.numel(),)](
+        out_ptr=shares, counter_ptr=counter, rows=labels, K=rows.classes, **call.labels(), **call.samples(), BLOCK=1024, num_warps=4
+    )
+    return shares, counter
 
 
 def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, pointers: dict[str, Tensor | None]) -> None:
@@ -273,15 +296,59 @@ def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, point
     )  # fmt: skip
 
 
+def _soft(
+    call: _Call,
+    rows: _Rows,
+    chosen: SoftPlan,
+    gradient: Tensor | None,
+    above: dict[str, Any],
+    rescale: bool = False,
+    **pointers: Tensor | None,
+) -> None:
+    """``_resident`` for targets of more than one label."""
+    shares = pointers.get("shares_ptr")
+    outputs = {f"{name}_ptr": None for name in ("loss", "parts", "partials", "divisor", "shares", "counter")} | pointers
+    target, sample_weight = call.target, call.sample_weight
+    strides = dict(zip(("u0", "u1", "u2", "u3", "uc"), (*rows.padded(rows.t_strides), rows.t_class_stride), strict=True))
+    if call.form == "mixture":  # its two labels stand first
+        target = target.reshape(2, -1)
+        strides |= {"u3": target.stride(1), "uc": target.stride(0)}
+    samples: dict[str, Any] = {"sample_ptr": None, "sample_stride": 0, "sample_step": 0}
+    if sample_weight is not None:
+        sample_weight = sample_weight.reshape(2 if call.form == "mixture" else 1, -1)
+        samples = {"sample_ptr": sample_weight, "sample_stride": sample_weight.stride(1), "sample_step": sample_weight.stride(0)}
+    soft[(chosen.programs,)](
+        z_ptr=call.logits, g_ptr=gradient, target_ptr=target, weight_ptr=call.weight if call.logits.numel() else None,
+        rows=rows.rows, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index, **rows.arguments(True), **strides, **samples,
+        **call.values(), **call.kinds(), **above, **outputs,
+        MIXTURE=call.form == "mixture", RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
+        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, COPIES=max(1, 32 * chosen.warps // chosen.r), num_warps=chosen.warps,
+    )  # fmt: skip
+
+
+def _prepare(call: _Call, dlogits: Tensor | None, kept: bool = False) -> tuple[_Call, _Rows, Plan | SoftPlan]:
+    """The call with tensors that the kernels can walk, as rows, and the plan for them."""
+    call = call._replace(logits=_few_row_dims(call.logits))
+    if call.form == "index":
+        rows = _Rows(call.logits, dlogits)
+        return call, rows, rows.plan(call.logits, dlogits is not None, kept)
+    rows = _Rows(call.logits, dlogits, call.target)
+    if len(rows.sizes) > MAX_ROW_DIMS:  # each by itself is few, both together are not
+        call = call._replace(logits=call.logits.contiguous(), target=call.target.contiguous())
+        rows = _Rows(call.logits, dlogits, call.target)
+    return call, rows, soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device))
+
+
 def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequence[Any], rescale: bool) -> Tensor:
     call = _Call(*inputs)
     if call.target.numel() == 0 or call.logits.numel() == 0:
         return dlogits
-    call = call._replace(logits=_few_row_dims(call.logits))
-    rows = _Rows(call.logits, dlogits)
-    chosen = rows.plan(call.logits, gradient=True)
+    call, rows, chosen = _prepare(call, dlogits)
     divisor = moments if call.reduction == _MEAN else None
     with _on(dlogits.device):
+        if isinstance(chosen, SoftPlan):
+            _soft(call, rows, chosen, dlogits, _above(upstream), rescale, divisor_ptr=divisor)
+            return dlogits
         if not chosen.keeps or moments.numel() <= 1:
             _resident(call, rows, chosen, dlogits, _above(upstream), rescale, divisor_ptr=divisor)
             return dlogits

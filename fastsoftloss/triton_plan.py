@@ -49,6 +49,16 @@ class Plan(NamedTuple):
         return not self.resident or (self.access == ROWS and self.start > 1)
 
 
+class SoftPlan(NamedTuple):
+    """For targets of more than one label: tiles ``[a, r, b]``, class a * b + b of row r, as many as the row asks for."""
+
+    a: int
+    r: int
+    b: int
+    warps: int
+    programs: int
+
+
 def fits(classes: int, itemsize: int) -> bool:
     """Whether one program holds a row of this many classes; a property of the dtype alone, so that shapes decide it."""
     return classes <= (4096 if itemsize == 8 else 16384)
@@ -62,6 +72,8 @@ def chunks_at_a_time(itemsize: int) -> int:
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward writes the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]
+    if target.is_floating_point() or target.dim() == logits.dim():  # read anew for the gradient, whatever their length
+        return int(reduction == _MEAN), gradient
     resident = fits(classes, logits.element_size())
     if classes <= _FLAT_CLASSES or (gradient and resident):
         return int(reduction == _MEAN), gradient
@@ -143,3 +155,13 @@ def plan(
         warps = max(4, min(32, padded * r // 32 // (32 if itemsize < 8 else 16)))
     programs = min(-(-rows // r), multiprocessors * max(1, 32 // warps))
     return Plan(True, access, a, r, b, vector, run, align, start, warps, programs, 1)
+
+
+def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
+    """The plan for ``rows`` x ``classes`` logits and a target of more than one label."""
+    each = 16 if itemsize < 8 else 4  # more would spill
+    b = min(256, max(2, _pow2(-(-classes // each))))  # with one the classes would be dealt out to threads as neighbours
+    a = min(each, _pow2(-(-classes // b)))
+    warps = max(4, b // 32)
+    r = 32 * warps // b
+    return SoftPlan(a, r, b, warps, min(-(-rows // r), 32 // warps * multiprocessors))

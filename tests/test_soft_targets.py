@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIVERSITIES, named
+from conftest import DIVERSITIES, named, rounding
 from torch import Tensor
 
 from fastsoftloss import backends, functional, reference
@@ -43,7 +43,7 @@ def by_parts(z: Tensor, target: tuple[Tensor, Tensor, Any], **options: Any) -> T
 def near(got: Tensor, true: Tensor, bound: float, dtype: torch.dtype = F64, dim: int | None = None) -> None:
     """|got - true| within ``bound`` of |true|, or of the largest along ``dim``, and half a unit in the last place of ``dtype``."""
     size = true.abs() if dim is None else true.abs().amax(dim, keepdim=True)
-    ulp = torch.finfo(dtype).eps / 2 * true.abs() + torch.finfo(dtype).tiny if dtype in (BF16, F16) else 1e-35
+    ulp = torch.as_tensor(rounding(true, dtype)) if dtype in (BF16, F16) else 1e-35
     wrong = ~((got.double() - true).abs() <= bound * size + ulp)
     assert not wrong.any(), f"{got[wrong][:4].tolist()} for {true[wrong][:4].tolist()} at {wrong.nonzero()[:4].tolist()}"
 

@@ -1,0 +1,417 @@
+"""Rows whose target is more than one label: class probabilities, or two labels and their weights.
+
+The loss is the one expected over the label, sum_k u_k loss(k) with u = w t. D_k leaves class k out, and taken from the sums
+over the whole row that is a subtraction, which cancels where k is most of a sum: of exps only the largest logit is, of
+squares about the mean only the largest or the smallest. So these two, ``hi`` and ``lo``, stay out of the sums over the
+rest; their own complements are merged from it, and every other class is left out of the whole. The penalty's gradient is
+that of one RowGradient, the expectation of all, less at class k what k's own has no business giving it.
+
+A program reads its rows [R, B] classes at a time and, where that is not all of them, once more for each step; the rows
+of a program are few enough for a cache to hold them.
+"""
+
+# ruff: noqa: F821, RUF005, SIM102, SIM109 (see triton_finish)
+import triton
+import triton.language as tl
+
+from fastsoftloss.triton_finish import (
+    CHI2,
+    KL,
+    LOGIT_VARIANCE,
+    NONE,
+    REVERSE_KL,
+    VARIANCE,
+    _across,
+    _exp,
+    _exp_exact,
+    _keep_rows,
+    _keep_totals,
+    _labels_once,
+    _log1p,
+    _offset,
+    _option,
+    _row_scale,
+    _row_weights,
+    _scale,
+    _spread,
+    _two_sum_error,
+)
+from fastsoftloss.triton_kernels import _max, _sum
+
+
+@triton.jit
+def _ratio(a, b):
+    """e^(a - b) of a <= b, the rounding of a - b put back."""
+    d = a - b
+    low = tl.where(d > -1e30, _two_sum_error(a, -b, d), 0.0)
+    h = tl.where(d > -1e30, _exp_exact(0.5 * d), 0.0)
+    return h * (h * (1.0 + low))
+
+
+@triton.jit
+def _read(z_ptr, at, sc, c, reads, K, DTYPE: tl.constexpr):
+    """Logits [A, R, B]; -inf beyond the classes, 0 in a row that asks for nothing."""
+    nothing = tl.where(reads, -float("inf"), 0.0)
+    return tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < K) & reads, other=nothing).to(DTYPE)
+
+
+@triton.jit
+def _read_target(
+    target_ptr, weight_ptr, at, uc, labels, smooth, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """(u, v) of classes c: w t, and the same with label smoothing. labels: a mixture's two classes and u of each."""
+    w = None
+    if weight_ptr is not None:
+        if SMOOTH or not MIXTURE:
+            w = tl.load(weight_ptr + c, mask=c < K, other=0.0)
+    if MIXTURE:
+        u = tl.where(c == labels[0], labels[2], 0.0) + tl.where(c == labels[1], labels[3], 0.0)
+    else:
+        u = tl.load(target_ptr + at + c.to(tl.int64) * uc, mask=(c < K) & reads, other=0.0).to(DTYPE)
+        if w is not None:
+            u *= w
+    if SMOOTH:
+        if w is None:
+            return u, smooth[0] * u + tl.where(c < K, smooth[1], 0.0)
+        else:
+            return u, smooth[0] * u + smooth[1] * w
+    else:
+        return u, u
+
+
+@triton.jit
+def _if(condition, x):
+    return tl.where(condition, x, 0.0)
+
+
+@triton.jit
+def _penalty(n, inverse_n, s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
+    """(D, and of its row gradient A, P, E0, dz_y) of complements: moments of n classes, and how the class stands against them."""
+    zero = tl.zeros_like(s1)
+    a, p, e0, g_y = zero, zero, zero, zero
+    several = n > 1.0
+    if KIND == LOGIT_VARIANCE:
+        div = m2 * inverse_n
+        p = 2.0 * inverse_n + zero
+        e0 = -p * mean
+    else:
+        s1 = tl.where(several, s1, 1.0)
+        inverse_s1 = 1.0 / s1
+        if KIND == KL:
+            r = sx * inverse_s1
+            div = r - tl.log(tl.where(several, s1 * inverse_n, 1.0))
+            p = inverse_s1
+            a = -p * r
+        elif KIND == REVERSE_KL:
+            div = tl.log(tl.where(several, s1 * inverse_n, 1.0)) - mean
+            a = inverse_s1
+            e0 = zero - inverse_n
+        else:
+            q2 = s2 * inverse_s1 * inverse_s1
+            if KIND == CHI2:
+                div = n * q2 - 1.0
+                a = -2.0 * n * q2 * inverse_s1
+                p = 2.0 * n * inverse_s1 * inverse_s1
+            else:
+                v_q = (q2 - inverse_n) * inverse_n
+                div = s * s * v_q
+                k = 2.0 * s * s
+                a = k * (p_y * v_q - q2 * inverse_n) * inverse_s1
+                p = k * inverse_n * inverse_s1 * inverse_s1
+                g_y = -k * p_y * v_q
+    div, a, p, e0, g_y = _if(several, div), _if(several, a), _if(several, p), _if(several, e0), _if(several, g_y)
+    return div, a, p, e0, g_y
+
+
+@triton.jit
+def _slope(a, p, e0, x, e, KIND: tl.constexpr):
+    """What a row gradient gives a class with x and e^x."""
+    return _spread(x, e, None, a, p, e0, 0.0, KIND, False)
+
+
+@triton.jit
+def _lower(a, p, e0, d, f, KIND: tl.constexpr):
+    """The same row gradient about a base that is lower by -d, with f = e^d."""
+    if KIND == LOGIT_VARIANCE:
+        e0 += p * d
+    elif KIND == KL:
+        a += p * d
+        p *= f
+    else:
+        p *= f * f
+    return a * f, p, e0
+
+
+@triton.jit
+def _without(x, e, whole_row, KIND: tl.constexpr):
+    """``_penalty`` of all classes but one, which is neither the largest nor the smallest."""
+    n, inverse_left, s1, s2, sx, mean, m2, p_hi = whole_row
+    d = x - mean
+    left = s1 - e
+    s2 -= e * e
+    sx -= e * x
+    m2 -= d * d * (n * inverse_left)
+    return _penalty(n - 1.0, inverse_left, left, s2, sx, mean - d * inverse_left, m2, left * p_hi, e * p_hi, KIND)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def soft(
+    z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr, divisor_ptr, shares_ptr, counter_ptr,
+    rows, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, u0, u1, u2, u3, uc, sample_stride, sample_step, upstream_stride,
+    ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
+    K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
+    MIXTURE: tl.constexpr, DIMS: tl.constexpr, RESCALE: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, SHARES: tl.constexpr,
+    A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """The loss, and the gradient where g_ptr is given; pointers as ``triton_kernels.resident`` has them.
+
+    u0..u3, uc: strides of class probabilities over the rows and classes, or of a mixture's labels (u3) and of its two (uc).
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    DTYPE: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ENDS: tl.constexpr = KIND == LOGIT_VARIANCE or KIND == REVERSE_KL
+    inf = float("inf")
+    none = tl.zeros((R,), DTYPE)
+    column = tl.expand_dims(tl.expand_dims(tl.arange(0, A) * B, 1), 1) + tl.expand_dims(tl.expand_dims(tl.arange(0, B), 0), 0)  # [A, 1, B]
+    acc, acc_w, acc_ce, acc_div = none, none, none, none
+    scale_all, work_all = _scale(shares_ptr, divisor_ptr, upstream_ptr, SHARES, UPSTREAM_ROWS, RESCALE, DTYPE)
+    for tile in range(program, tl.cdiv(rows, R), programs):
+        row = tile * R + tl.arange(0, R)
+        scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
+        if work:
+            # ---- the target's weights, row by row
+            here = row < rows
+            outside = row < 0
+            if MIXTURE:
+                y_a, counted_a, good_a = _labels_once(target_ptr, row, rows, u3, ignore_index, K, COPIES)
+                y_b, counted_b, good_b = _labels_once(target_ptr + tl.cast(uc, tl.int64), row, rows, u3, ignore_index, K, COPIES)
+                w_a, sample_a = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y_a, counted_a, DTYPE)
+                second_ptr = sample_ptr
+                if sample_ptr is not None:
+                    second_ptr = sample_ptr + sample_step
+                w_b, sample_b = _row_weights(weight_ptr, second_ptr, row, rows, sample_stride, y_b, counted_b, DTYPE)
+                weight = w_a * sample_a + w_b * sample_b
+                sample_a = tl.where(good_a, sample_a, 0.0)
+                sample_b = tl.where(good_b, sample_b, 0.0)
+                samples = sample_a + sample_b
+                factor = none + 1.0
+                outside = (counted_a & (good_a == 0)) | (counted_b & (good_b == 0))
+                live = (counted_a & good_a) | (counted_b & good_b)
+                t_at = _across(tl.zeros((R,), tl.int64))
+                labels = (_across(y_a), _across(y_b), _across(w_a * sample_a), _across(w_b * sample_b))
+            else:
+                weight = _row_weights(None, sample_ptr, row, rows, sample_stride, row, here, DTYPE)[1]
+                factor = weight
+                samples = none + 1.0
+                live = here
+                t_at = _across(_offset(row, n1, n2, n3, u0, u1, u2, u3, DIMS))
+                labels = None
+            reads = _across(live)
+            eps = _option(smoothing, none)
+            smooth = (_across(1.0 - eps), _across(eps * (1.0 / max(K, 1)) * samples))
+            z_at = _across(_offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS))
+
+            # ---- the two largest logits, the smallest, and what the mean of the others is near
+            z_hi, second, z_lo, total, n = none - inf, none - inf, none + inf, none, none
+            hi = tl.full((R,), K, tl.int32)
+            lo = tl.full((R,), -1, tl.int32)
+            for i in range(0, K, A * B):
+                c = column + i
+                z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
+                there = z != -inf
+                top = _max(z)
+                at = tl.min(tl.min(tl.where(z == _across(top), c, K), axis=0), axis=1)
+                second = tl.maximum(tl.maximum(second, tl.minimum(top, z_hi)), _max(tl.where(c == _across(at), -inf, z)))
+                hi = tl.where(top > z_hi, at, hi)
+                z_hi = tl.maximum(z_hi, top)
+                n += _sum(tl.where(there, 1.0, 0.0).to(DTYPE))
+                if ENDS:
+                    bottom = -_max(tl.where(there, -z, -inf))
+                    at = _max(tl.where(there & (z == _across(bottom)), c, -1))
+                    lo = tl.where((bottom <= z_lo) & (at >= 0), at, lo)
+                    z_lo = tl.minimum(z_lo, bottom)
+                    total += _sum(tl.where(there, z, 0.0))
+            n_lo = none
+            if ENDS:
+                n_lo = tl.where(n > 1.0, 1.0, 0.0).to(DTYPE)
+                lo = tl.where(n > 1.0, lo, -1)
+                z_lo = tl.where(n > 1.0, z_lo, -inf)
+            else:
+                z_lo = none - inf
+            n_rest = n - 1.0 - n_lo
+            m = tl.where(n_rest > 0.0, second, z_hi)
+            inverse_rest = 1.0 / tl.maximum(n_rest, 1.0)
+            about = none
+            if ENDS:
+                about = (total - z_hi - tl.where(n_lo > 0.0, z_lo, 0.0)) * inverse_rest - m
+
+            # ---- reduce: the moments of the rest about m, and the sums over the labels
+            m_, hi_, lo_, about_ = _across(m), _across(hi), _across(lo), _across(about)
+            sum1, sum2, sumx, dev1, dev2 = none, none, none, none, none
+            u, u_masked, v_others, v_masked, vx = none, none, none, none, none
+            for i in range(0, K, A * B):
+                c = column + i
+                z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
+                u_k, v_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+                rest = (z != -inf) & (c != hi_) & (c != lo_)
+                x = tl.where(rest, z - m_, 0.0)
+                e = tl.where(rest, _exp(x), 0.0)
+                sum1 += _sum(e)
+                if KIND == CHI2 or KIND == VARIANCE:
+                    sum2 += _sum(e * e)
+                if KIND == KL:
+                    sumx += _sum(e * x)
+                if ENDS:
+                    from_mean = tl.where(rest, x - about_, 0.0)
+                    dev1 += _sum(from_mean)
+                    dev2 += _sum(from_mean * from_mean)
+                v_others += _sum(tl.where(c == hi_, 0.0, v_k))
+                vx += _sum(v_k * x)
+                v_masked += _sum(tl.where(z == -inf, v_k, 0.0))
+                if Z_LOSS:
+                    u += _sum(u_k)
+                if KIND != 0 and MIXTURE:
+                    u_masked += _sum(tl.where(z == -inf, u_k, 0.0))
+            u_hi, v_hi = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, hi_, reads, K, MIXTURE, SMOOTH, DTYPE)
+            u_hi, v_hi, u_lo, v_lo = _sum(u_hi), _sum(v_hi), none, none
+            if ENDS:
+                u_lo, v_lo = _read_target(
+                    target_ptr, weight_ptr, t_at, uc, labels, smooth, tl.maximum(lo_, 0), reads, K, MIXTURE, SMOOTH, DTYPE
+                )
+                u_lo, v_lo = tl.where(n_lo > 0.0, _sum(u_lo), 0.0), tl.where(n_lo > 0.0, _sum(v_lo), 0.0)
+
+            # ---- finish: cross-entropy, from the largest class's margin
+            d = m - z_hi
+            f = _ratio(m, z_hi)
+            f_root = _exp_exact(0.5 * d)
+            below = f_root * (f_root * sum1) * (1.0 + _two_sum_error(m, -z_hi, d))
+            e_lo = _ratio(z_lo, z_hi)
+            x_lo = tl.where(n_lo > 0.0, z_lo - z_hi, 0.0)
+            odds = below + e_lo
+            whole = 1.0 + odds
+            p_hi = 1.0 / whole
+            s_hi = odds * p_hi
+            log1p = _log1p(odds)
+            lse = z_hi + log1p
+            v = v_others + v_hi
+            ce = v * log1p - vx - (v_others - v_lo - v_masked) * d - v_lo * x_lo
+            ce = tl.where(v_masked == 0.0, ce, inf)
+            loss = ce
+            pull = v
+            g_hi = v_others - v * s_hi
+            if Z_LOSS:
+                slope = 2.0 * _option(z_loss, none) * u * lse
+                loss += 0.5 * slope * lse
+                pull += slope
+                g_hi += slope * p_hi
+            g_lo = pull * e_lo * p_hi - v_lo
+            a, p, e0, div = pull * f * p_hi, none, none, none
+
+            # ---- finish: the penalty expected over the labels that are neither hi nor lo
+            weigh = _option(diversity_weight, none)
+            weighs = diversity_weight != 0.0  # only looked at: an infinite penalty times 0 must not appear
+            if KIND != 0:
+                shift = dev1 * inverse_rest
+                mean = about + shift  # of the rest, about m
+                dev = dev2 - n_rest * shift * shift
+                mean_hi = mean + d  # about z_hi
+                inverse_n = 1.0 / tl.maximum(n, 1.0)
+                inverse_left = 1.0 / tl.maximum(n - 1.0, 1.0)
+                mean_all = (n_rest * mean_hi + x_lo) * inverse_n
+                gap = mean_hi - mean_all
+                dev_all = dev + n_rest * gap * gap + mean_all * mean_all + n_lo * (x_lo - mean_all) * (x_lo - mean_all)
+                sum2_all = 1.0 + f * f * sum2
+                sumx_all = f * (sumx + d * sum1)
+                d_, f_ = _across(d), _across(f)
+                whole_row = (_across(n), _across(inverse_left), _across(whole), _across(sum2_all), _across(sumx_all), _across(mean_all))
+                whole_row = whole_row + (_across(dev_all), _across(p_hi))
+                most_a, most_p, most_e0 = none, none, none
+                for i in range(0, K, A * B):
+                    c = column + i
+                    z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
+                    u_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)[0]
+                    rest = (z != -inf) & (c != hi_) & (c != lo_)
+                    x = tl.where(rest, z - m_, 0.0)
+                    e = tl.where(rest, _exp(x), 0.0)
+                    of_k = _without(x + d_, f_ * e, whole_row, KIND)
+                    u_k = tl.where(rest, u_k, 0.0)
+                    div += _sum(u_k * of_k[0])
+                    most_a += _sum(u_k * of_k[1])
+                    most_p += _sum(u_k * of_k[2])
+                    most_e0 += _sum(u_k * of_k[3])
+                if MIXTURE:  # a label that is masked has all others beside it
+                    of_none = _penalty(n, inverse_n, whole, sum2_all, sumx_all, mean_all, dev_all, none + 1.0, none, KIND)
+                    div += u_masked * of_none[0]
+                    most_a += u_masked * of_none[1]
+                    most_p += u_masked * of_none[2]
+                    most_e0 += u_masked * of_none[3]
+                if weighs:
+                    g_lo += weigh * _slope(most_a, most_p, most_e0, x_lo, e_lo, KIND)
+                if ENDS:
+                    # the smallest's complement, about z_hi: the rest and the largest
+                    mean_k = n_rest * mean_hi * inverse_left
+                    gap = mean_hi - mean_k
+                    dev_k = dev + n_rest * gap * gap + mean_k * mean_k
+                    of_lo = _penalty(n - 1.0, inverse_left, 1.0 + below, none, none, mean_k, dev_k, none, none, KIND)
+                    div += u_lo * of_lo[0]
+                    most_a += u_lo * of_lo[1]
+                    most_p += u_lo * of_lo[2]
+                    most_e0 += u_lo * of_lo[3]
+                # the largest's complement, about m: the rest and the smallest
+                x_k = tl.where(n_lo > 0.0, z_lo - m, 0.0)
+                e_k = _ratio(z_lo, m)
+                mean_k = (n_rest * mean + x_k) * inverse_left
+                gap = mean - mean_k
+                dev_k = dev + n_rest * gap * gap + n_lo * (x_k - mean_k) * (x_k - mean_k)
+                of_hi = _penalty(n - 1.0, inverse_left, sum1 + e_k, sum2, sumx, mean_k, dev_k, s_hi, p_hi, KIND)
+                div += u_hi * of_hi[0]
+                if weighs:
+                    g_hi += weigh * (u_hi * of_hi[4] + _slope(most_a, most_p, most_e0, none, none + 1.0, KIND))
+                    g_lo += weigh * (u_hi * _slope(of_hi[1], of_hi[2], of_hi[3], x_k, e_k, KIND))
+                    most_a, most_p, most_e0 = _lower(most_a, most_p, most_e0, d, f, KIND)
+                    a += weigh * (most_a + u_hi * of_hi[1])
+                    p += weigh * (most_p + u_hi * of_hi[2])
+                    e0 += weigh * (most_e0 + u_hi * of_hi[3])
+                    loss += weigh * div
+
+            # NaN and +inf make the whole row NaN, as in PyTorch
+            on = tl.where((sum1 != sum1) | (z_hi == inf) | (z_hi == -inf), float("nan"), factor)
+            if loss_ptr is not None:
+                lost = tl.where(here, tl.where(outside, float("nan"), tl.where(live, on, 0.0)), 0.0)
+                loss, ce, div = loss * lost, ce * lost, div * lost
+                if REDUCTION == NONE:
+                    _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div)
+                else:
+                    acc += loss
+                    acc_w += weight
+                    acc_ce += ce
+                    acc_div += div
+
+            # ---- spread
+            if g_ptr is not None:
+                scale = tl.where(live, scale * on, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
+                a_, p_, e0_, g_hi_, g_lo_, scale_ = _across(a), _across(p), _across(e0), _across(g_hi), _across(g_lo), _across(scale)
+                g_at = _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS))
+                for i in range(0, K, A * B):
+                    c = column + i
+                    z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
+                    u_k, v_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+                    rest = (z != -inf) & (c != hi_) & (c != lo_)
+                    x = tl.where(rest, z - m_, 0.0)
+                    e = tl.where(rest, _exp(x), 0.0)
+                    dz = _slope(a_, p_, e0_, x, e, KIND)
+                    if KIND != 0:
+                        x += d_
+                        e *= f_
+                        of_k = _without(x, e, whole_row, KIND)
+                        if weighs:
+                            dz -= _across(weigh) * u_k * (_slope(of_k[1], of_k[2], of_k[3], x, e, KIND) - of_k[4])
+                    dz = tl.where(rest, dz, 0.0) - v_k
+                    dz = tl.where(c == hi_, g_hi_, tl.where(c == lo_, g_lo_, dz)) * scale_
+                    tl.store(g_ptr + g_at + c.to(tl.int64) * tc, dz.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))
+    if loss_ptr is not None and REDUCTION != NONE:
+        _keep_totals(
+            partials_ptr, divisor_ptr, loss_ptr, parts_ptr, counter_ptr,
+            tl.sum(acc, 0), tl.sum(acc_w, 0), tl.sum(acc_ce, 0), tl.sum(acc_div, 0), REDUCTION,
+        )  # fmt: skip
