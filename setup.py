@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
@@ -29,8 +30,7 @@ except ImportError:
     from contextlib import nullcontext as side_by_side
 
 
-# Machine code for these, and PTX of the last for what comes after them.
-CUDA_ARCHITECTURES = os.environ.get("FASTSOFTLOSS_CUDA_ARCHITECTURES", "80 86 89 90 100 120").split()
+EVERY_ARCHITECTURE = "80 86 89 90 100 120"
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -45,10 +45,24 @@ def cuda_home() -> Path | None:
 
 
 def wants_cuda() -> bool:
-    """FASTSOFTLOSS_CUDA=1 builds under a torch without CUDA too, to see that it compiles and links; 0 never builds."""
+    """FASTSOFTLOSS_CUDA=1 builds where there is no GPU too, for one elsewhere; 0 never builds. Not set: where there is one."""
     import torch
 
-    return os.environ.get("FASTSOFTLOSS_CUDA", str(int(torch.version.cuda is not None))) == "1" and cuda_home() is not None
+    return os.environ.get("FASTSOFTLOSS_CUDA", str(int(torch.cuda.is_available()))) == "1" and cuda_home() is not None
+
+
+def cuda_architectures() -> list[str]:
+    """Machine code for these, and PTX of the last for what comes after them.
+
+    FASTSOFTLOSS_CUDA_ARCHITECTURES is "all" or like "80 90"; if it is not set, those of the GPUs here, since each takes two
+    minutes of a core. Where there is no GPU, all.
+    """
+    import torch
+
+    asked = os.environ.get("FASTSOFTLOSS_CUDA_ARCHITECTURES")
+    if asked is None and torch.cuda.is_available():
+        return sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}, key=int)
+    return (EVERY_ARCHITECTURE if asked in (None, "all") else asked).split()
 
 
 def extensions() -> list[Extension]:
@@ -116,15 +130,19 @@ class BuildKernels(build_ext):
 
 def compile_cuda(folder: Path) -> list[Path]:
     """The kernels, a file a dtype; plain nvcc, since torch's CUDAExtension refuses under a torch without CUDA."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-    targets.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+    architectures = cuda_architectures()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
         to = folder / f"{source.stem}_cuda.o"
         newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
         if not to.exists() or to.stat().st_mtime < newest:
-            subprocess.run([f"{cuda_home()}/bin/nvcc", *CUDA_FLAGS, *targets, "-c", str(source), "-o", str(to)], check=True)
+            command = [f"{cuda_home()}/bin/nvcc", *CUDA_FLAGS, *targets, "-c", str(source), "-o", str(to)]
+            print(" ".join(command), flush=True)
+            if subprocess.run(command, check=False).returncode:
+                raise CompileError(f"nvcc failed on {source}")  # of an optional extension it becomes a warning
         return to
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

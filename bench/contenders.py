@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsoftloss import Loss
+from fastsoftloss import Loss, backends
 
 LABELS = {
     "ours": "Loss(), penalty included",
+    "triton": "the same, backend='triton'",
     "cross_entropy": "F.cross_entropy, no penalty",
     "penalised": "CE + penalty, torch operators",
     "compiled_cross_entropy": "torch.compile(CE), no penalty",
@@ -91,6 +92,8 @@ def gather(logits: Tensor, names: list[str]) -> dict[str, Contender]:
         "floor": lambda: Contender(_Nothing.apply),
         "engine": lambda: Contender(_Nothing.apply, _engine),
     }
+    if logits.is_cuda and backends.default(logits.device) != "triton" and "triton" not in backends.missing():
+        makers["triton"] = lambda: Contender(Loss(backend="triton"))
     if logits.is_cuda and logits.dim() == 2:
         packages = {"liger": ("liger_kernel", _liger), "quack": ("quack", _quack), "apex": ("apex", _apex)}
         for name, (package, make) in packages.items():
