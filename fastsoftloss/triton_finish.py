@@ -81,9 +81,9 @@ def _log_sum(v, u, more):
     else:
         bits = u.to(tl.int32, bitcast=True)
         more = more | (v > 1.0)
-        exponent = tl.where(more, (bits >> 23) - 127, 0).to(tl.float32)
+        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - (2**23 + 127)  # a conversion would be a special function
         fraction = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-        return exponent * LN2 + _log1p_near_zero(tl.where(more, fraction, v))
+        return tl.where(more, exponent, 0.0) * LN2 + _log1p_near_zero(tl.where(more, fraction, v))
 
 
 @triton.jit
