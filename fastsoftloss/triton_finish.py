@@ -17,6 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471824645996)
 LN2_LOW = tl.constexpr(-1.904654323148236e-09)  # log(2) less its float32
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its float32
+TO_WHOLE = tl.constexpr(1.5 * 2**23 + 127)  # added to a float32 it leaves a whole number in the last bits, biased as exponents are
 
 # the order of ops.DIVERSITIES and of ops.REDUCTIONS
 LOGIT_VARIANCE = tl.constexpr(1)
@@ -39,27 +40,55 @@ def _exp(x):
 
 
 @triton.jit
-def _exp_exact(x):
-    """e^x to the last digits of float32 for a large |x| too: the product with log2(e) keeps its low part."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    high = x * LOG2E
-    low = tl.where(tl.abs(x) < 1e4, tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -high) + x * LOG2E_LOW, 0.0)
-    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+def _fma(a, b, c):
+    """a b + c, rounded once; the interpreter's own rounds twice."""
+    if INTERPRETED and a.dtype == tl.float32:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+# A row's own exponential, logarithm and reciprocal are arithmetic: with ten classes a special function a row is a tenth of one
+# a logit, and where many threads share a row each of them does this.
 
 
 @triton.jit
-def _log1p(v):
-    """log(1 + v), v >= 0, with full relative precision for a tiny v."""
+def _exp_exact(x, low):
+    """e^(x + low), x <= 0 and low a rounding of it, to the last digits of float32; 0 below e^-88."""
+    if x.dtype == tl.float64:
+        return tl.exp(x) * (1.0 + low)
+    else:
+        x = tl.maximum(x, -88.0, propagate_nan=tl.PropagateNan.ALL)
+        log2e = tl.full(x.shape, LOG2E, tl.float32)
+        shifted = _fma(x, log2e, tl.full(x.shape, TO_WHOLE, tl.float32))
+        f = _fma(x, log2e, -(shifted - TO_WHOLE))
+        f += x * LOG2E_LOW
+        f += low * LOG2E
+        p = 0.0001534581242594868 * f + 0.0013399930903688073
+        p = p * f + 0.009618489071726799
+        p = p * f + 0.05550328642129898
+        p = p * f + 0.24022646248340607
+        p = p * f + 0.6931471824645996
+        return (p * f + 1.0) * (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _log_sum(v, u, more):
+    """log u, u = 1 + v or ``more`` than that, at least 1; with full relative precision for a tiny v."""
     if v.dtype == tl.float64:
-        u = 1.0 + v
-        return tl.where(u == 1.0, v, tl.log(u) * (v / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.where(v <= 1.0, _log1p_near_zero(v), tl.log(1.0 + v))
+        rounded = tl.where(u == 1.0, 1.0, u - 1.0)
+        return tl.where(more, tl.log(u), tl.where(u == 1.0, v, tl.log(u) * (v / rounded)))
+    else:
+        bits = u.to(tl.int32, bitcast=True)
+        more = more | (v > 1.0)
+        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - (2**23 + 127)  # a conversion would be a special function
+        fraction = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+        return tl.where(more, exponent, 0.0) * LN2 + _log1p_near_zero(tl.where(more, fraction, v))
 
 
 @triton.jit
 def _log1p_near_zero(v):
-    """log(1 + v) in float32 for 0 <= v <= 1: v times a polynomial of relative error 5e-9, which costs no special function."""
+    """log(1 + v) in float32 for 0 <= v <= 1: v times a polynomial of relative error 5e-9."""
     p = -0.0032439809292554855 * v + 0.019851261749863625
     p = p * v - 0.056959159672260284
     p = p * v + 0.10603617131710052
@@ -72,12 +101,16 @@ def _log1p_near_zero(v):
 
 
 @triton.jit
-def _fma(a, b, c):
-    """a b + c, rounded once; the interpreter's own rounds twice."""
-    if INTERPRETED and a.dtype == tl.float32:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+def _reciprocal(x):
+    """1/x, 2^-120 < x < 2^120: a guess from the bits of x, within 5%, by three times and then twice the digits."""
+    if x.dtype == tl.float64:
+        return 1.0 / x
     else:
-        return tl.fma(a, b, c)
+        one = tl.full(x.shape, 1.0, tl.float32)
+        y = (0x7EF31000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        error = _fma(-x, y, one)
+        y = _fma(y, _fma(error, error, error), y)
+        return _fma(y, _fma(-x, y, one), y)
 
 
 @triton.jit
@@ -174,31 +207,21 @@ def _finite(m):
 
 
 @triton.jit
-def _cross_entropy(delta_high, delta_low, s1, WANTS_LSE: tl.constexpr):
-    """(CE, 1 - p_y, p_y, 1/S1, log S1, log(1 + e^margin), is it NaN) of the margin delta_high + delta_low + log S1.
+def _cross_entropy(delta_high, delta_low, s1):
+    """(CE, 1 - p_y, p_y, 1/S1, lse less the larger of the base and the true logit) of the margin delta_high + delta_low + log S1.
 
-    e^margin is taken as others : own, of which the larger is S1 or 1, so that one exponential and one reciprocal give all.
-    WANTS_LSE: whether the two logarithms are wanted by themselves; if not they share one special function.
+    e^margin is taken as others : own, of which the larger is S1 or 1, so that one exponential, one logarithm and one reciprocal give all.
     """
-    h = _exp_exact(-0.5 * tl.abs(delta_high))
     over = delta_high > 0
-    h_low = h * (1.0 + tl.where(over, -delta_low, delta_low))
-    others = tl.where(over, s1, h * s1 * h_low)
-    own = tl.where(over, h * h_low, 1.0)
+    h = _exp_exact(-0.5 * tl.abs(delta_high), 0.5 * tl.where(over, -delta_low, delta_low))
+    small = tl.where(over, 1.0, s1) * h * h
+    others = tl.where(over, s1, small)
+    own = tl.where(over, small, 1.0)
     both = others + own
-    r = 1.0 / (s1 * both)
-    inverse_s1 = both * r
-    inverse = s1 * r
-    v = tl.where(over, own * inverse_s1, others)
-    if WANTS_LSE or s1.dtype == tl.float64:
-        log_s1 = tl.log(s1)
-        log1p = _log1p(v)
-        ce = log1p + tl.where(over, delta_high + (delta_low + log_s1), 0.0)
-    else:
-        log_s1 = tl.log(both)
-        log1p = tl.where(v <= 1.0, _log1p_near_zero(v), log_s1)
-        ce = tl.where(over, delta_high + (delta_low + log_s1), log1p)
-    return ce, others * inverse, own * inverse, inverse_s1, log_s1, log1p, v != v
+    r = _reciprocal(s1 * both)
+    lse = _log_sum(others, both, over)
+    ce = lse + tl.where(over, delta_high + delta_low, 0.0)
+    return ce, others * (s1 * r), own * (s1 * r), both * r, lse
 
 
 @triton.jit
@@ -213,17 +236,15 @@ def _finish(
     """
     zero = tl.zeros_like(s1)
     s1 = tl.where(s1 == 0.0, 1.0, s1)
-    ce, s, p_y, inverse_s1, log_s1, log1p, bad = _cross_entropy(d, error, s1, SMOOTH or Z_LOSS)
-    bad = bad | (z_y == float("inf"))
+    ce, s, p_y, inverse_s1, lse_less_base = _cross_entropy(d, error, s1)
+    bad = (s != s) | (z_y == float("inf"))
 
     # cross-entropy with its smoothing
     own = w_y + zero  # what the true class pulls at, and with it (pull) every class
     pull = own
     g_y = zero
     ew = zero
-    lse_less_base = zero
-    if SMOOTH or Z_LOSS:
-        lse_less_base = tl.where(d > 0, log_s1, tl.where(d == -float("inf"), z_y - base, -d)) + log1p
+    lse_less_base += tl.where(d > 0, 0.0, tl.where(d == -float("inf"), z_y - base, -d))
     ce = w_y * ce
     if SMOOTH:
         eps = _option(smoothing, s1)
