@@ -4,7 +4,7 @@ of spread, and the totals.
 The definition is in ``reference.py``. The true class never enters a sum, and means are offsets from a logit near the
 complement's, the base: x = z - base, S1 = sum e^x, S2 = sum e^2x, SX = sum e^x x, so nothing cancels. The gradient of a row is
 dz_j = e^x (A + P e^x) + E0 - EW w_j, or with P x in place of P e^x (kl) or P x in place of E0 (logit_variance); a new
-penalty is one case in ``_finish``.
+penalty is one case in ``_penalty``.
 """
 
 import os
@@ -225,6 +225,42 @@ def _cross_entropy(delta_high, delta_low, s1):
 
 
 @triton.jit
+def _penalty(n, inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
+    """(D, and of its row gradient A S1, P, E0, dz_y) of complements of n classes, each of a class with probability p_y = 1 - s."""
+    zero = tl.zeros_like(s1)
+    a = zero
+    p = zero
+    e0 = zero
+    g_y = zero
+    if KIND == LOGIT_VARIANCE:
+        div = m2 * inverse_n
+        p = 2.0 * inverse_n + zero
+        e0 = -p * mean
+    elif KIND == KL:
+        a = -sx * inverse_s1
+        div = -a - tl.log(s1 * inverse_n)
+        p = inverse_s1
+    elif KIND == REVERSE_KL:
+        div = tl.log(s1 * inverse_n) - mean
+        a = zero + 1.0
+        e0 = zero - inverse_n
+    else:
+        q2 = s2 * inverse_s1 * inverse_s1
+        if KIND == CHI2:
+            div = n * q2 - 1.0
+            a = -2.0 * n * q2
+            p = 2.0 * n * inverse_s1 * inverse_s1
+        else:
+            v_q = (q2 - inverse_n) * inverse_n
+            div = s * s * v_q
+            k = 2.0 * s * s
+            a = k * (p_y * v_q - q2 * inverse_n)
+            p = k * inverse_n * inverse_s1 * inverse_s1
+            g_y = -k * p_y * v_q
+    return div, a, p, e0, g_y
+
+
+@triton.jit
 def _finish(
     n, inverse_n, base, z_y, d, error, s1, s2, sx, mean, m2, sw, swx, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
@@ -264,40 +300,17 @@ def _finish(
         a += k * s
         g_y += k * p_y
 
-    # the penalty: nothing to spread among fewer than two classes
     p = zero
     e0 = zero
     div = zero
     if KIND != 0:
-        several = n > 1.0
+        several = n > 1.0  # nothing to spread among fewer than two classes
         k = tl.where(several, _option(diversity_weight, s1) * w_y, 0.0)
-        n = tl.where(several, n, 1.0)
-        if KIND == LOGIT_VARIANCE:
-            div = m2 * inverse_n
-            p = 2.0 * k * inverse_n
-            e0 = -p * mean
-        elif KIND == KL:
-            r = sx * inverse_s1
-            div = r - tl.log(s1 * inverse_n)
-            p = k * inverse_s1
-            a -= k * r
-        elif KIND == REVERSE_KL:
-            div = tl.log(s1 * inverse_n) - mean
-            a += k
-            e0 = -k * inverse_n
-        else:
-            q2 = s2 * inverse_s1 * inverse_s1
-            if KIND == CHI2:
-                div = n * q2 - 1.0
-                a -= 2.0 * k * n * q2
-                p = 2.0 * k * n * inverse_s1 * inverse_s1
-            else:
-                v_q = (q2 - inverse_n) * inverse_n
-                div = s * s * v_q
-                k = 2.0 * k * s * s
-                a += k * (p_y * v_q - q2 * inverse_n)
-                p = k * inverse_n * inverse_s1 * inverse_s1
-                g_y -= k * p_y * v_q
+        div, d_a, d_p, d_e0, d_y = _penalty(tl.where(several, n, 1.0), inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND)
+        a += k * d_a
+        p = k * d_p
+        e0 = k * d_e0
+        g_y += k * d_y
         div = tl.where(several, div, 0.0) * w_y
         loss += _option(diversity_weight, s1) * div
     a = a * inverse_s1

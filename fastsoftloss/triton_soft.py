@@ -27,9 +27,10 @@ from fastsoftloss.triton_finish import (
     _keep_rows,
     _keep_totals,
     _labels_once,
-    _log1p,
+    _log_sum,
     _offset,
     _option,
+    _penalty,
     _row_scale,
     _row_weights,
     _scale,
@@ -40,12 +41,11 @@ from fastsoftloss.triton_kernels import _max, _sum
 
 
 @triton.jit
-def _ratio(a, b):
-    """e^(a - b) of a <= b, the rounding of a - b put back."""
+def _root(a, b):
+    """e^((a - b) / 2), a <= b, the rounding of a - b put back; 0 where a is -inf."""
     d = a - b
-    low = tl.where(d > -1e30, _two_sum_error(a, -b, d), 0.0)
-    h = tl.where(d > -1e30, _exp_exact(0.5 * d), 0.0)
-    return h * (h * (1.0 + low))
+    there = d > -1e30
+    return tl.where(there, _exp_exact(tl.where(there, 0.5 * d, 0.0), tl.where(there, 0.5 * _two_sum_error(a, -b, d), 0.0)), 0.0)
 
 
 @triton.jit
@@ -80,47 +80,12 @@ def _read_target(
 
 
 @triton.jit
-def _if(condition, x):
-    return tl.where(condition, x, 0.0)
-
-
-@triton.jit
-def _penalty(n, inverse_n, s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
-    """(D, and of its row gradient A, P, E0, dz_y) of complements: moments of n classes, and how the class stands against them."""
-    zero = tl.zeros_like(s1)
-    a, p, e0, g_y = zero, zero, zero, zero
-    several = n > 1.0
-    if KIND == LOGIT_VARIANCE:
-        div = m2 * inverse_n
-        p = 2.0 * inverse_n + zero
-        e0 = -p * mean
-    else:
-        s1 = tl.where(several, s1, 1.0)
-        inverse_s1 = 1.0 / s1
-        if KIND == KL:
-            r = sx * inverse_s1
-            div = r - tl.log(tl.where(several, s1 * inverse_n, 1.0))
-            p = inverse_s1
-            a = -p * r
-        elif KIND == REVERSE_KL:
-            div = tl.log(tl.where(several, s1 * inverse_n, 1.0)) - mean
-            a = inverse_s1
-            e0 = zero - inverse_n
-        else:
-            q2 = s2 * inverse_s1 * inverse_s1
-            if KIND == CHI2:
-                div = n * q2 - 1.0
-                a = -2.0 * n * q2 * inverse_s1
-                p = 2.0 * n * inverse_s1 * inverse_s1
-            else:
-                v_q = (q2 - inverse_n) * inverse_n
-                div = s * s * v_q
-                k = 2.0 * s * s
-                a = k * (p_y * v_q - q2 * inverse_n) * inverse_s1
-                p = k * inverse_n * inverse_s1 * inverse_s1
-                g_y = -k * p_y * v_q
-    div, a, p, e0, g_y = _if(several, div), _if(several, a), _if(several, p), _if(several, e0), _if(several, g_y)
-    return div, a, p, e0, g_y
+def _of(n, inverse_n, s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
+    """``_penalty`` with A itself."""
+    s1 = tl.where(s1 == 0.0, 1.0, s1)
+    inverse_s1 = 1.0 / s1
+    div, a, p, e0, g_y = _penalty(n, inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND)
+    return div, a * inverse_s1, p, e0, g_y
 
 
 @triton.jit
@@ -144,14 +109,14 @@ def _lower(a, p, e0, d, f, KIND: tl.constexpr):
 
 @triton.jit
 def _without(x, e, whole_row, KIND: tl.constexpr):
-    """``_penalty`` of all classes but one, which is neither the largest nor the smallest."""
+    """``_of`` all classes but one, which is neither the largest nor the smallest."""
     n, inverse_left, s1, s2, sx, mean, m2, p_hi = whole_row
     d = x - mean
     left = s1 - e
     s2 -= e * e
     sx -= e * x
     m2 -= d * d * (n * inverse_left)
-    return _penalty(n - 1.0, inverse_left, left, s2, sx, mean - d * inverse_left, m2, left * p_hi, e * p_hi, KIND)
+    return _of(n - 1.0, inverse_left, left, s2, sx, mean - d * inverse_left, m2, left * p_hi, e * p_hi, KIND)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -283,16 +248,17 @@ def soft(
 
             # ---- finish: cross-entropy, from the largest class's margin
             d = m - z_hi
-            f = _ratio(m, z_hi)
-            f_root = _exp_exact(0.5 * d)
-            below = f_root * (f_root * sum1) * (1.0 + _two_sum_error(m, -z_hi, d))
-            e_lo = _ratio(z_lo, z_hi)
+            root = _root(m, z_hi)
+            f = root * root
+            below = root * (root * sum1)  # where f itself may be out of range
+            root = _root(z_lo, z_hi)
+            e_lo = root * root
             x_lo = tl.where(n_lo > 0.0, z_lo - z_hi, 0.0)
             odds = below + e_lo
             whole = 1.0 + odds
             p_hi = 1.0 / whole
             s_hi = odds * p_hi
-            log1p = _log1p(odds)
+            log1p = _log_sum(odds, whole, odds > 1.0)
             lse = z_hi + log1p
             v = v_others + v_hi
             ce = v * log1p - vx - (v_others - v_lo - v_masked) * d - v_lo * x_lo
@@ -311,6 +277,9 @@ def soft(
             # ---- finish: the penalty expected over the labels that are neither hi nor lo
             weigh = _option(diversity_weight, none)
             weighs = diversity_weight != 0.0  # only looked at: an infinite penalty times 0 must not appear
+            several = n > 2.0  # nothing to spread among fewer than two classes besides the label
+            u_hi = tl.where(several, u_hi, 0.0)
+            u_lo = tl.where(several, u_lo, 0.0)
             if KIND != 0:
                 shift = dev1 * inverse_rest
                 mean = about + shift  # of the rest, about m
@@ -323,7 +292,7 @@ def soft(
                 dev_all = dev + n_rest * gap * gap + mean_all * mean_all + n_lo * (x_lo - mean_all) * (x_lo - mean_all)
                 sum2_all = 1.0 + f * f * sum2
                 sumx_all = f * (sumx + d * sum1)
-                d_, f_ = _across(d), _across(f)
+                d_, f_, several_ = _across(d), _across(f), _across(several)
                 whole_row = (_across(n), _across(inverse_left), _across(whole), _across(sum2_all), _across(sumx_all), _across(mean_all))
                 whole_row = whole_row + (_across(dev_all), _across(p_hi))
                 most_a, most_p, most_e0 = none, none, none
@@ -335,13 +304,14 @@ def soft(
                     x = tl.where(rest, z - m_, 0.0)
                     e = tl.where(rest, _exp(x), 0.0)
                     of_k = _without(x + d_, f_ * e, whole_row, KIND)
-                    u_k = tl.where(rest, u_k, 0.0)
+                    u_k = tl.where(rest & several_, u_k, 0.0)
                     div += _sum(u_k * of_k[0])
                     most_a += _sum(u_k * of_k[1])
                     most_p += _sum(u_k * of_k[2])
                     most_e0 += _sum(u_k * of_k[3])
                 if MIXTURE:  # a label that is masked has all others beside it
-                    of_none = _penalty(n, inverse_n, whole, sum2_all, sumx_all, mean_all, dev_all, none + 1.0, none, KIND)
+                    u_masked = tl.where(n > 1.0, u_masked, 0.0)
+                    of_none = _of(n, inverse_n, whole, sum2_all, sumx_all, mean_all, dev_all, none + 1.0, none, KIND)
                     div += u_masked * of_none[0]
                     most_a += u_masked * of_none[1]
                     most_p += u_masked * of_none[2]
@@ -353,18 +323,19 @@ def soft(
                     mean_k = n_rest * mean_hi * inverse_left
                     gap = mean_hi - mean_k
                     dev_k = dev + n_rest * gap * gap + mean_k * mean_k
-                    of_lo = _penalty(n - 1.0, inverse_left, 1.0 + below, none, none, mean_k, dev_k, none, none, KIND)
+                    of_lo = _of(n - 1.0, inverse_left, 1.0 + below, none, none, mean_k, dev_k, none, none, KIND)
                     div += u_lo * of_lo[0]
                     most_a += u_lo * of_lo[1]
                     most_p += u_lo * of_lo[2]
                     most_e0 += u_lo * of_lo[3]
                 # the largest's complement, about m: the rest and the smallest
                 x_k = tl.where(n_lo > 0.0, z_lo - m, 0.0)
-                e_k = _ratio(z_lo, m)
+                root = _root(z_lo, m)
+                e_k = root * root
                 mean_k = (n_rest * mean + x_k) * inverse_left
                 gap = mean - mean_k
                 dev_k = dev + n_rest * gap * gap + n_lo * (x_k - mean_k) * (x_k - mean_k)
-                of_hi = _penalty(n - 1.0, inverse_left, sum1 + e_k, sum2, sumx, mean_k, dev_k, s_hi, p_hi, KIND)
+                of_hi = _of(n - 1.0, inverse_left, sum1 + e_k, sum2, sumx, mean_k, dev_k, s_hi, p_hi, KIND)
                 div += u_hi * of_hi[0]
                 if weighs:
                     g_hi += weigh * (u_hi * of_hi[4] + _slope(most_a, most_p, most_e0, none, none + 1.0, KIND))
@@ -406,7 +377,7 @@ def soft(
                         e *= f_
                         of_k = _without(x, e, whole_row, KIND)
                         if weighs:
-                            dz -= _across(weigh) * u_k * (_slope(of_k[1], of_k[2], of_k[3], x, e, KIND) - of_k[4])
+                            dz -= tl.where(several_, _across(weigh) * u_k, 0.0) * (_slope(of_k[1], of_k[2], of_k[3], x, e, KIND) - of_k[4])
                     dz = tl.where(rest, dz, 0.0) - v_k
                     dz = tl.where(c == hi_, g_hi_, tl.where(c == lo_, g_lo_, dz)) * scale_
                     tl.store(g_ptr + g_at + c.to(tl.int64) * tc, dz.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))
