@@ -319,7 +319,7 @@ def _soft(
         samples = {"sample_ptr": sample_weight, "sample_stride": sample_weight.stride(1), "sample_step": sample_weight.stride(0)}
     soft[(chosen.programs,)](
         z_ptr=call.logits, g_ptr=gradient, target_ptr=target, weight_ptr=call.weight if call.logits.numel() else None,
-        rows=rows.rows, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index, **rows.arguments(True), **strides, **samples,
+        rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index, **rows.arguments(True), **strides, **samples,
         **call.values(), **call.kinds(), **above, **outputs,
         MIXTURE=call.form == "mixture", RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
         UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, COPIES=max(1, 32 * chosen.warps // chosen.r), num_warps=chosen.warps,

@@ -119,10 +119,10 @@ def _without(x, e, whole_row, KIND: tl.constexpr):
     return _of(n - 1.0, inverse_left, left, s2, sx, mean - d * inverse_left, m2, left * p_hi, e * p_hi, KIND)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "classes"])
 def soft(
     z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr, divisor_ptr, shares_ptr, counter_ptr,
-    rows, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, u0, u1, u2, u3, uc, sample_stride, sample_step, upstream_stride,
+    rows, classes, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, u0, u1, u2, u3, uc, sample_stride, sample_step, upstream_stride,
     ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
     MIXTURE: tl.constexpr, DIMS: tl.constexpr, RESCALE: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, SHARES: tl.constexpr,
@@ -136,6 +136,7 @@ def soft(
     programs = tl.num_programs(0)
     DTYPE: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
     ENDS: tl.constexpr = KIND == LOGIT_VARIANCE or KIND == REVERSE_KL
+    end = K if A * B >= K else classes  # the same, but a number that is known would have the loops unrolled
     inf = float("inf")
     none = tl.zeros((R,), DTYPE)
     column = tl.expand_dims(tl.expand_dims(tl.arange(0, A) * B, 1), 1) + tl.expand_dims(tl.expand_dims(tl.arange(0, B), 0), 0)  # [A, 1, B]
@@ -181,7 +182,7 @@ def soft(
             z_hi, second, z_lo, total, n = none - inf, none - inf, none + inf, none, none
             hi = tl.full((R,), K, tl.int32)
             lo = tl.full((R,), -1, tl.int32)
-            for i in range(0, K, A * B):
+            for i in range(0, end, A * B):
                 c = column + i
                 z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
                 there = z != -inf
@@ -215,7 +216,7 @@ def soft(
             m_, hi_, lo_, about_ = _across(m), _across(hi), _across(lo), _across(about)
             sum1, sum2, sumx, dev1, dev2 = none, none, none, none, none
             u, u_masked, v_others, v_masked, vx = none, none, none, none, none
-            for i in range(0, K, A * B):
+            for i in range(0, end, A * B):
                 c = column + i
                 z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
                 u_k, v_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)
@@ -296,7 +297,7 @@ def soft(
                 whole_row = (_across(n), _across(inverse_left), _across(whole), _across(sum2_all), _across(sumx_all), _across(mean_all))
                 whole_row = whole_row + (_across(dev_all), _across(p_hi))
                 most_a, most_p, most_e0 = none, none, none
-                for i in range(0, K, A * B):
+                for i in range(0, end, A * B):
                     c = column + i
                     z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
                     u_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)[0]
@@ -364,7 +365,7 @@ def soft(
                 scale = tl.where(live, scale * on, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
                 a_, p_, e0_, g_hi_, g_lo_, scale_ = _across(a), _across(p), _across(e0), _across(g_hi), _across(g_lo), _across(scale)
                 g_at = _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS))
-                for i in range(0, K, A * B):
+                for i in range(0, end, A * B):
                     c = column + i
                     z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
                     u_k, v_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)

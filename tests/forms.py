@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton_mode import INTERPRETED
 
-# Triton has kernels for class indices; what else it is given goes to the reference, which needs no interpreter
-FORMS = ("index",) if INTERPRETED else ("index", "mixture", "probabilities")
+FORMS = ("index", "mixture", "probabilities")
 
 
 def target_of(form: str, rows: int, classes: int, dtype: torch.dtype = torch.float32) -> Any:

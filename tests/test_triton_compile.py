@@ -23,8 +23,8 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsoftloss import ops, triton_finish, triton_kernels, triton_rows
-from fastsoftloss.triton_plan import chunks_at_a_time, plan
+from fastsoftloss import ops, triton_finish, triton_kernels, triton_rows, triton_soft
+from fastsoftloss.triton_plan import chunks_at_a_time, plan, soft_plan
 
 EVERY = os.environ.get("FASTSOFTLOSS_TEST_EVERY") == "1"
 ARCHITECTURES = (80, 90, 100, 120, "gfx942")
@@ -40,11 +40,13 @@ class Case(NamedTuple):
     gradient: bool = False  # the pass writes it
     kept: bool = False  # from what the forward has kept
     absent: tuple[str, ...] = ()
+    form: str = "index"
     loads: bool = True  # of 16 bytes
     stores: bool = True
 
 
 FUSED = ("weight_ptr", "sample_ptr", "parts_ptr", "upstream_ptr", "saved_ptr")
+MIXED = ("weight_ptr", "parts_ptr", "upstream_ptr")
 FORWARD = ("weight_ptr", "sample_ptr", "parts_ptr", "upstream_ptr", "g_ptr", "shares_ptr", "counter_ptr", "divisor_ptr")
 PLAIN = ("weight_ptr", "sample_ptr", "parts_ptr")
 CASES = {
@@ -60,10 +62,14 @@ CASES = {
     "long_finish": Case(triton_rows.long_finish, 50257, absent=PLAIN, loads=False, stores=False),
     "spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=PLAIN),
     "long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=PLAIN),
+    "probabilities": Case(triton_soft.soft, 100, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
+    "mixture": Case(triton_soft.soft, 1000, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "long probabilities": Case(triton_soft.soft, 50257, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
     "total": Case(triton_finish.total, 1, absent=("parts_ptr",), loads=False, stores=False),
     "divisors": Case(triton_finish.divisors, 1, absent=PLAIN, loads=False, stores=False),
 }
-STACK = {("flat", "fp32"): 8}  # bytes: ptxas puts one scalar of chi2 there for sm_100, with 80 registers in use
+# bytes: ptxas puts one scalar or two there, of chi2 for sm_100 with 80 registers in use; of reverse_kl and chi2 for sm_90 with 168
+STACK = {("flat", "fp32"): 8, ("mixture", "fp32"): 8}
 NEVER = (("flat", "fp64"), ("widest", "fp64"))  # the plan gives those rows to other kernels: here they would spill
 NO_LOGITS = ("long_finish", "total", "divisors")
 POINTERS = {"target_ptr": "*i64", "counter_ptr": "*i32", "z_ptr": "*Z", "g_ptr": "*Z"}  # the others: the dtype of the arithmetic
@@ -74,14 +80,19 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     """The kernel with every run-time stride that the host could pass."""
     case = CASES[name]
     k, s = case.classes, case.class_stride
-    p = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept)
+    p: Any
+    if case.form == "index":
+        p = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept)
+    else:
+        p = soft_plan(4096, k, BYTES[dtype], 132)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
         "KIND": diversity, "SMOOTH": False, "Z_LOSS": False, "REDUCTION": 1, "DIMS": 1, "SAME": True, "WIDE": False, "RESCALE": False,
-        "UPSTREAM_ROWS": False, "SHARES": 1, "COPIES": max(1, 32 * p.warps // p.r), "K": k, "ACCESS": p.access, "START": p.start,
-        "ALIGN": p.align, "A": p.a, "R": p.r, "B": p.b, "L": p.b, "V": p.vector, "P": p.run, "SPLITS": 1,
-        "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
+        "UPSTREAM_ROWS": False, "SHARES": 1, "COPIES": max(1, 32 * p.warps // p.r), "K": k, "A": p.a, "R": p.r, "B": p.b, "L": p.b,
+        "MIXTURE": case.form == "mixture", "SPLITS": 1, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
     }  # fmt: skip
+    if case.form == "index":
+        constants |= {"ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector, "P": p.run}
     if name in NO_LOGITS:
         constants |= {"R": 512, "BLOCK": 1024}
     signature: dict[str, str] = {}
@@ -89,10 +100,12 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(case.kernel.params):
         argument = parameter.name
-        if parameter.is_constexpr or argument in case.absent or (argument in ("sc", "tc") and s == 1):
-            signature[argument], values[argument] = "constexpr", constants.get(argument, 1 if argument in ("sc", "tc") else None)
+        if parameter.is_constexpr or argument in case.absent or (argument in ("sc", "tc", "uc") and s == 1):
+            signature[argument], values[argument] = "constexpr", constants.get(argument, 1 if argument in ("sc", "tc", "uc") else None)
         elif argument.endswith("_ptr"):
             signature[argument] = POINTERS.get(argument, f"*{arithmetic}").replace("Z", dtype)
+            if argument == "target_ptr" and case.form == "probabilities":
+                signature[argument] = f"*{dtype}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp64" if argument in DOUBLES else "i32"

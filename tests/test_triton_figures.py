@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from forms import target_of
 from triton_mode import INTERPRETED, simulator
 
-from fastsoftloss import functional, ops
+from fastsoftloss import functional, ops, reference
 
 DEFAULT = (None, None, -100, ops.REDUCTIONS.index("mean"), 0.0, ops.DIVERSITIES.index("logit_variance"), 1.0, 0.0)
 # classes: (traffic over the minimum: forward, backward, fused), (instructions an element: the same), in bfloat16.
@@ -68,3 +69,26 @@ def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch)
         assert moved <= traffic * minimum, name
         assert instructions <= ceiling * logits.numel(), name
         assert special <= SPECIAL * logits.numel(), name
+
+
+# (form, classes): instructions an element, forward and fused
+SOFT = {("probabilities", 100): (100, 145), ("probabilities", 1000): (90, 130), ("mixture", 1000): (95, 135)}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("form", "classes"), SOFT)
+def test_instructions_of_soft_targets(form: str, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = simulator()
+    from fastsoftloss import triton_backend
+
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
+    operators = functional.backends.choose("triton", torch.device("cpu"), form)
+    logits = (2 * torch.randn(100_000 // classes, classes)).bfloat16()
+    target, sample_weight = target_of(form, *logits.shape), None
+    if form == "mixture":
+        target, sample_weight = reference.pack_mixture(target, None, torch.float32)
+    for gradient, ceiling in zip((False, True), SOFT[form, classes], strict=True):
+        arguments = (logits, target, None, sample_weight, *DEFAULT[2:], False, gradient)
+        _, _, instructions, _ = measure(sim, lambda arguments=arguments: operators.forward(*arguments))
+        print(f"{form} K={classes} {'fused' if gradient else 'forward'}: {instructions / logits.numel():.1f} instructions an element")
+        assert instructions <= ceiling * logits.numel()
