@@ -16,6 +16,7 @@ from torch import Tensor
 from triton_mode import INTERPRETED, copies_may_differ, device
 
 from fastsoftloss import functional, ops
+from fastsoftloss.triton_plan import fits
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # 2: no penalty; 10, 100: flat runs; 1000: aligned rows, two a program; 1003: no two rows aligned alike; 4096: two warps;
@@ -36,11 +37,14 @@ def batch(rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> tuple[T
 
 
 def check(logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: object) -> None:
-    agree("triton", logits, target, weight=weight, alone=INTERPRETED, **options)
+    # rows that do not fit have one forward, whether a gradient is wanted or not
+    alone = INTERPRETED and fits(logits.shape[min(1, logits.dim() - 1)], logits.element_size())
+    agree("triton", logits, target, weight=weight, alone=alone, **options)
 
 
 # each case costs the interpreter seconds where rows are long, and the simulator a compilation or three
-INTERPRETED_CASES = [(k, t) for k in CLASSES for t in (F32, BF16, F16) if k <= 4096]
+# (float16 differs from bfloat16 by its conversions alone)
+INTERPRETED_CASES = [(k, t) for k in CLASSES for t in (F32, BF16) if k <= 4096] + [(k, F16) for k in (10, 1003)]
 SIMULATED_CASES = [(k, BF16) for k in (*CLASSES, 16384)] + [(k, t) for k in (10, 1003, 50257) for t in (F32, F16)]
 
 
@@ -157,6 +161,8 @@ def test_extreme_logits(classes: int) -> None:
         logits[9] = -inf
         target[9] = -100
         logits[10, classes // 2 :] = 200.0
+        if INTERPRETED and classes > 10_000:  # what finish does is the same for all: the rows whose splits are masked
+            logits, target = logits[4:8], target[4:8]
         # a NaN's sign and payload are those of either operand in the simulator, and so not the same in all lanes of a long row
         with copies_may_differ() if classes > 10_000 else contextlib.nullcontext():
             check(logits, target, reduction="none", **options)

@@ -17,12 +17,15 @@ from triton_mode import EVERY, INTERPRETED, SIMULATED
 INTERPRETER = {
     "test_triton_agreement": "triton",
     "test_kernel": "other_backends or (triton and sample_weight_of_two)",
-    "test_exactness": "triton and not (1000 or 4097 or 32769 or million or 40000 or (129 and not logit_variance) or 128 or -2 or -3)",
-    "test_bad_input": "triton and not (out_of_range or every_block or no_classes or 40000)",
-    "test_autograd": "triton and not (loss_scaling or 40000)",
+    # 10 classes, and nearly flat rows; what lanes do with more is for the simulator
+    "test_exactness": "triton and not (1000 or 4097 or 32769 or million or 40000 or 129 or 128 or -2 or -3)",
+    "test_bad_input": "triton and not (out_of_range or every_block or no_classes or 40000 or (4200 and not logit_variance))",
+    # an upstream gradient of nothing, and one that rounds
+    "test_autograd": "triton and not (loss_scaling or 40000 or 8192 or -1.0)",
     "test_compile": "triton",
-    # other forms of a target take the plain way here, as they do in the reference; finite differences once for each penalty
-    "test_derivatives": "triton and not (mixture or probabilities or index-plain)",
+    # other forms of a target take the plain way here, as they do in the reference; finite differences of the default: every
+    # penalty's gradient is laid beside the truth above
+    "test_derivatives": "triton and not (mixture or probabilities or index-plain or (finite_differences and not logit_variance))",
     "test_module": "triton",
     "test_features": "triton",
 }
@@ -38,8 +41,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("way", "name"), [(way, name) for way, (_, files) in WAYS.items() for name in files])
-def test_the_suite_of_triton(way: str, name: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_suite_of_triton(way: str) -> None:
     pytest.importorskip("triton")
     if INTERPRETED or SIMULATED:
         pytest.skip("this is that process")
@@ -47,10 +50,13 @@ def test_the_suite_of_triton(way: str, name: str) -> None:
         pytest.skip("the environment variable PTXSIM does not name a folder with ptxsim")
     environment, files = WAYS[way]
     here = Path(__file__).parent
-    options = ["-n0", "-x", "-W", "ignore", "-p", "no:cacheprovider", "-k", files[name]]
-    command = [sys.executable, "-m", "pytest", *options, str(here / f"{name}.py")]
+    # one process for all files: each would import PyTorch and Triton anew
+    chosen = " or ".join(f"({name}.py and ({tests}))" for name, tests in files.items())
+    options = ["-n0", "-x", "-W", "ignore", "-p", "no:cacheprovider", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", *options, *(str(here / f"{name}.py") for name in files)]
     result = subprocess.run(
         command, check=False, cwd=here.parent, env=os.environ | environment, capture_output=True, text=True, timeout=3600 if EVERY else 900
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+    print(result.stdout[-100:])
