@@ -5,7 +5,7 @@ What keeps it near the memory's speed is what is not done for every logit. Means
 or masked classes only where there are some: a true class or a place beyond the ends stands in as the base itself, which
 adds e^0 = 1 to S1 and nothing to the other sums, and that is taken out again; a row's first chunk has at least as many
 classes as are taken out and a mean e^x >= 1, so nothing cancels. Where a sum shows that the base was no good
-(masked classes, NaN, infinities, or logits far above it), the row is read once more by ``_careful``.
+(masked classes, NaN, infinities, logits far above it, or all the same but for roundings), the row is read once more by ``_careful``.
 """
 
 # ruff: noqa: F821, RUF005, RUF059, SIM102 (see triton_finish)
@@ -170,6 +170,16 @@ def _odd(base):
 
 
 @triton.jit
+def _flat(n, base, m2, KIND: tl.constexpr):
+    """Whether the logits differ by no more than the base was rounded by, so that M2 is a difference of what is left of that."""
+    if KIND == LOGIT_VARIANCE:
+        rounding = base * (2.0**-51 if base.dtype == tl.float64 else 2.0**-22)
+        return m2 < n * (rounding * rounding)
+    else:
+        return n < 0.0
+
+
+@triton.jit
 def _row_sum(t):
     """[R, L, V] -> [R]"""
     return tl.sum(tl.sum(t, 2), 1)
@@ -207,8 +217,11 @@ def _careful(
         c = p + i
         z = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (c != label) & reads, other=-inf).to(DTYPE)
         top = tl.maximum(top, z)
-    row_base = _marked(_base(_finite(tl.max(tl.max(top, 2), 1))), 1)
+    row_top = _finite(tl.max(tl.max(top, 2), 1))
+    row_base = _marked(_base(row_top), 1)
+    row_middle = _x(row_top, row_base)  # what the base was rounded by: the mean of a flat row, exactly
     base = _of_rows(row_base)
+    middle = _of_rows(row_middle)
     n = zero
     s1, s2, sx, d1, sw, swx = zero, zero, zero, zero, zero, zero
     for i in range(start, stop, L * V):
@@ -231,9 +244,9 @@ def _careful(
         n += tl.where(there, zero + 1.0, 0.0)
         s2 += e * e
         sx += e * x
-        d1 += x
+        d1 += tl.where(there, x - middle, 0.0)
     n = _row_sum(n)
-    mean = _row_sum(d1) / tl.maximum(n, 1.0)
+    mean = row_middle + _row_sum(d1) / tl.maximum(n, 1.0)
     m2 = zero
     if KIND == LOGIT_VARIANCE:
         for i in range(start, stop, L * V):
@@ -293,6 +306,9 @@ def _finish_rows(
     )  # fmt: skip
     if KIND == LOGIT_VARIANCE or KIND == KL:
         q = _natural(q)
+    if KIND == LOGIT_VARIANCE:  # of a flat row x q - mean q would be a rounding
+        q = tl.where(m2 == 0.0, 0.0, q)
+        e0 = tl.where(m2 == 0.0, 0.0, e0)
     return loss, ce, div, a, q, e0, ew, g_y
 
 
@@ -476,7 +492,8 @@ def resident_rows(
                     w = tl.load(weight_ptr + edge_c, mask=edge_others, other=0.0)
                     sw += _row_sum(w)
                     swx += _row_sum(w * edge_x)
-            careful = tl.max(((tl.abs(d1) < inf) & (s1_ < LIMIT)).to(tl.int32) ^ 1, 0) != 0
+            good_base = (tl.abs(d1) < inf) & (s1_ < LIMIT) & (_flat(n, base, m2, KIND) == 0)
+            careful = tl.max(good_base.to(tl.int32) ^ 1, 0) != 0
             if careful:
                 n, base, s1_, s2_, sx, mean, m2, sw, swx = _careful(z_ptr, weight_ptr, z_row, 1, y, live, 0, K, KIND, SMOOTH, L, V, DTYPE)
                 inverse_n = 1.0 / tl.maximum(n, 1.0)
@@ -609,7 +626,8 @@ def _merge(n, m, s1, s2, sx, mean, m2, sw, swx, KIND: tl.constexpr, SMOOTH: tl.c
     if KIND == CHI2 or KIND == VARIANCE:
         sum2 = tl.sum(tl.where(empty, 0.0, s2 * (shrink * shrink)), AXIS)
     if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
-        middle = tl.sum(tl.where(empty, 0.0, n * (mean + shift)), AXIS, keep_dims=True) / tl.maximum(count, 1.0)
+        start = _finite(tl.max(tl.where(empty, -float("inf"), mean + shift), AXIS, keep_dims=True))  # means that are the same stay so
+        middle = start + tl.sum(tl.where(empty, 0.0, n * (mean + shift - start)), AXIS, keep_dims=True) / tl.maximum(count, 1.0)
         centre = tl.sum(middle, AXIS)
     if KIND == LOGIT_VARIANCE:
         gap = mean + shift - middle
@@ -725,15 +743,15 @@ def long_reduce(
             start = 0
         if last:
             stop = K
-        if (tl.max(bad.to(tl.int32), 0) != 0) | (SMOOTH and weight_ptr is not None):
+        moments = _merge(lane_n, base, lane_1, lane_2, lane_x, lane_mean, lane_d2 - lane_d1 * lane_mean, lane_n, lane_d1, KIND, SMOOTH)
+        n, m, sum1 = one + moments[0], one + moments[1], one + moments[2]
+        sum2, sumx, mean = one + moments[3], one + moments[4], one + moments[5]
+        m2, sw, swx = one + moments[6], one + moments[7], one + moments[8]
+        bad = (tl.max(bad.to(tl.int32), 0) != 0) | (tl.max(_flat(n, m, m2, KIND).to(tl.int32), 0) != 0)
+        if bad | (SMOOTH and weight_ptr is not None):
             n, m, sum1, sum2, sumx, mean, m2, sw, swx = _careful(
                 z_ptr, weight_ptr, z_row, sc, y, live, start, stop, KIND, SMOOTH, L, V, DTYPE
             )
-        else:
-            moments = _merge(lane_n, base, lane_1, lane_2, lane_x, lane_mean, lane_d2 - lane_d1 * lane_mean, lane_n, lane_d1, KIND, SMOOTH)
-            n, m, sum1 = one + moments[0], one + moments[1], one + moments[2]
-            sum2, sumx, mean = one + moments[3], one + moments[4], one + moments[5]
-            m2, sw, swx = one + moments[6], one + moments[7], one + moments[8]
     at = moments_ptr + tl.cast(program, tl.int64) + tl.arange(0, 1)
     field = tl.cast(rows, tl.int64) * splits
     tl.store(at, n)

@@ -13,14 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
-from triton_mode import INTERPRETED
+from triton_mode import INTERPRETED, SIMULATED, simulator
 
 from fastsoftloss import functional, reference
 
 # One line a backend, and the device that it is tested on.
 BACKENDS = {"cpu": "cpu", "reference": "cpu"}
-if INTERPRETED:  # the process that test_triton_interpret.py starts
+if INTERPRETED or SIMULATED:  # the processes that test_triton_suite.py starts
     BACKENDS = {"triton": "cpu"}
+    if SIMULATED:
+        simulator()
 elif os.environ.get("FASTSOFTLOSS_TEST_BACKEND") == "cuda":  # see test_cuda_suite.py
     if torch.cuda.is_available():
         BACKENDS = {"cuda": "cuda"}

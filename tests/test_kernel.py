@@ -15,7 +15,7 @@ from conftest import BACKENDS, DIVERSITIES, RELATIVE, assert_near, assert_true, 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_mode import INTERPRETED
+from triton_mode import EVERY, INTERPRETED, SIMULATED
 
 from fastsoftloss import functional
 
@@ -150,8 +150,13 @@ def test_long_rows(case):
     check(case, "cpu")
 
 
-@settings(max_examples=20 if INTERPRETED else 60)
-@given(case=cases(CLASSES[:8]), backend=st.sampled_from([name for name in BACKENDS if name != "cpu"]))
+# The interpreter takes seconds for a long row, the simulator for each kernel that an example compiles.
+OTHERS = [*CLASSES, 300, 20000] if SIMULATED else CLASSES[:8]
+EXAMPLES = (200 if EVERY else 8) if SIMULATED else 20 if INTERPRETED else 60
+
+
+@settings(max_examples=EXAMPLES)
+@given(case=cases(OTHERS), backend=st.sampled_from([name for name in BACKENDS if name != "cpu"]))
 def test_the_other_backends(case, backend):
     check(case, backend)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton_mode import INTERPRETED, copies_may_differ, device
 
 from fastsoftloss import functional, ops
+from fastsoftloss.triton_plan import fits
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # 2: no penalty; 10, 100: flat runs; 1000: aligned rows, two a program; 1003: no two rows aligned alike; 4096: two warps;
@@ -36,11 +37,14 @@ def batch(rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> tuple[T
 
 
 def check(logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: object) -> None:
-    agree("triton", logits, target, weight=weight, alone=INTERPRETED, **options)
+    # rows that do not fit have one forward, whether a gradient is wanted or not
+    alone = INTERPRETED and fits(logits.shape[min(1, logits.dim() - 1)], logits.element_size())
+    agree("triton", logits, target, weight=weight, alone=alone, **options)
 
 
 # each case costs the interpreter seconds where rows are long, and the simulator a compilation or three
-INTERPRETED_CASES = [(k, t) for k in CLASSES for t in (F32, BF16, F16) if k <= 4096]
+# (float16 differs from bfloat16 by its conversions alone)
+INTERPRETED_CASES = [(k, t) for k in CLASSES for t in (F32, BF16) if k <= 4096] + [(k, F16) for k in (10, 1003)]
 SIMULATED_CASES = [(k, BF16) for k in (*CLASSES, 16384)] + [(k, t) for k in (10, 1003, 50257) for t in (F32, F16)]
 
 
@@ -59,14 +63,18 @@ def test_classes_and_dtypes(classes: int, dtype: torch.dtype) -> None:
     + list(itertools.product((20000,), (BF16,), ("chi2", "reverse_kl", "kl"))),  # one for each set of moments,
 )
 def test_every_penalty_with_every_option(diversity: str | None, classes: int, dtype: torch.dtype) -> None:
-    logits, target = batch(5, classes, dtype)
+    rows = 5 if classes < 10_000 else 3
+    logits, target = batch(rows, classes, dtype)
     target[1] = -100
     weight = torch.rand(classes) + 0.5
-    check(logits, target, weight, diversity=diversity, upstream=2.0, sample_weight=torch.rand(5), **ALL)
+    check(logits, target, weight, diversity=diversity, upstream=2.0, sample_weight=torch.rand(rows), **ALL)
 
 
-@pytest.mark.parametrize("diversity", DIVERSITIES if INTERPRETED else ("logit_variance",))
-@pytest.mark.parametrize("classes", [3, 40, 600] if INTERPRETED else [40])
+# 3: one lane a row; 40: several; 600: chunks, whose moments with a squared sum and without are all that differs there
+@pytest.mark.parametrize(
+    ("classes", "diversity"),
+    [*itertools.product((3, 40), DIVERSITIES), (600, "logit_variance"), (600, "variance")] if INTERPRETED else [(40, "logit_variance")],
+)
 def test_float64(diversity: str | None, classes: int) -> None:
     logits, target = batch(4, classes, F64)
     check(logits, target, torch.rand(classes, dtype=F64), diversity=diversity, upstream=0.1, **ALL)
@@ -89,8 +97,8 @@ def layouts(classes: int) -> Iterator[tuple[str, Tensor]]:
 
     yield "one row", noise(classes)
     yield "column major", noise(classes, 6).t()
-    yield "image", noise(2, classes, 3, 5)
-    yield "channels last", noise(2, classes, 3, 5).to(memory_format=torch.channels_last)
+    yield "image", noise(2, classes, 2, 3)
+    yield "channels last", noise(2, classes, 2, 3).to(memory_format=torch.channels_last)
     yield "crop", noise(3, classes, 6, 7)[1:, :, 1:4, 2:6]
     yield "volume crop", noise(2, classes, 4, 4, 4)[:, :, 1:3, 1:3, 1:3]
     yield "every other row", noise(8, classes)[::2]
@@ -123,12 +131,13 @@ def test_strides(name: str, classes: int) -> None:
     [(k, d) for k in (10, 1003, 20000) for d in (DIVERSITIES if INTERPRETED and k < 10000 else ("logit_variance",))],
 )
 def test_margins_and_offsets(diversity: str | None, classes: int) -> None:
-    margins = torch.tensor([-80.0, -5.0, 20.0, 80.0] if classes > 10000 else [-80.0, -40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0, 80.0])
-    for offset in (0.0, 1e4, -1e4) if INTERPRETED and classes < 10_000 else (0.0, 1e4):
+    # what a margin does is done by finish, the same for all rows; a long one needs the ends alone
+    margins = {10: [-80.0, -40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0, 80.0], 1003: [-80.0, -5.0, 20.0, 80.0], 20000: [-80.0, 80.0]}[classes]
+    for offset in (0.0, 1e4, -1e4) if INTERPRETED and classes == 10 else (0.0, 1e4):
         logits, target = batch(len(margins), classes, F32)
         logits[torch.arange(len(margins)), target] = 0
         complement = logits.double().scatter(1, target[:, None], -torch.inf).logsumexp(1)
-        logits[torch.arange(len(margins)), target] = (complement - margins).float()
+        logits[torch.arange(len(margins)), target] = (complement - torch.tensor(margins)).float()
         check(logits + offset, target, diversity=diversity, diversity_weight=0.0 if diversity is None else 1e-3, reduction="none")
 
 
@@ -136,7 +145,7 @@ def test_margins_and_offsets(diversity: str | None, classes: int) -> None:
 def test_extreme_logits(classes: int) -> None:
     inf = torch.inf
     every: list[dict[str, object]] = [{}, {"diversity": "kl", "label_smoothing": 0.1}, {"diversity": "reverse_kl", "z_loss": 0.1}]
-    for options in every if classes < 10_000 or not INTERPRETED else every[1:2]:
+    for options in every if classes < 1000 or not INTERPRETED else every[1:2]:
         logits, target = batch(12, classes, F32)
         target[:] = 2
         logits[0, 0] = inf
@@ -152,13 +161,18 @@ def test_extreme_logits(classes: int) -> None:
         logits[9] = -inf
         target[9] = -100
         logits[10, classes // 2 :] = 200.0
+        if INTERPRETED and classes > 10_000:  # what finish does is the same for all: the rows whose splits are masked
+            logits, target = logits[4:8], target[4:8]
         # a NaN's sign and payload are those of either operand in the simulator, and so not the same in all lanes of a long row
         with copies_may_differ() if classes > 10_000 else contextlib.nullcontext():
             check(logits, target, reduction="none", **options)
 
 
-@pytest.mark.parametrize("classes", [6, 1003, 20000])
-@pytest.mark.parametrize("reduction", ops.REDUCTIONS if INTERPRETED else ("none",))
+# a sum of NaN is NaN whatever the rows' length
+@pytest.mark.parametrize(
+    ("classes", "reduction"),
+    [*itertools.product((6, 1003, 20000), ("none",)), *itertools.product((6,), ("mean", "sum") if INTERPRETED else ())],
+)
 def test_label_out_of_range_is_nan_with_no_gradient(classes: int, reduction: str) -> None:
     operators = functional.backends.choose("triton", torch.device("cpu"))
     logits, target = batch(4, classes, F32)
@@ -193,19 +207,20 @@ def test_rescale_decides_by_the_value(classes: int, dtype: torch.dtype) -> None:
     assert torch.equal(marked, 2 * dlogits)  # exact: a power of two
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no lanes that could come in another order")
 @pytest.mark.parametrize("classes", [10, 600, 20000])
 def test_bitwise_the_same_again_and_few_launches(classes: int) -> None:
     sim = device()
-    logits, target = batch(9 if INTERPRETED else 40, classes, F32) if classes < 10000 else batch(3, classes, F32)
+    logits, target = batch(40 if classes < 10000 else 3, classes, F32)
 
     def run() -> tuple[Tensor, Tensor]:
         z = logits.clone().requires_grad_()
-        start = len(sim.launches) if sim else 0
+        start = len(sim.launches)
         loss = functional.cross_entropy(z, target, backend="triton")
-        assert sim is None or len(sim.launches) - start <= 2
-        start = len(sim.launches) if sim else 0
+        assert len(sim.launches) - start <= 2
+        start = len(sim.launches)
         loss.backward(torch.tensor(0.3))
-        assert sim is None or len(sim.launches) - start == 1
+        assert len(sim.launches) - start == 1
         return loss.detach(), z.grad
 
     (a, da), (b, db) = run(), run()

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIMULATED = os.environ.get("FASTSOFTLOSS_TEST_BACKEND") == "triton"  # the tests of every backend, of Triton behind the simulator
+EVERY = os.environ.get("FASTSOFTLOSS_TEST_EVERY") == "1"  # more of the same: half an hour instead of a minute
 
 
 @functools.cache
