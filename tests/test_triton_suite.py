@@ -23,17 +23,19 @@ INTERPRETER = {
     # an upstream gradient of nothing, and one that rounds
     "test_autograd": "triton and not (loss_scaling or 40000 or 8192 or -1.0)",
     "test_compile": "triton",
-    # other forms of a target take the plain way here, as they do in the reference; finite differences of the default: every
+    # other forms of a target take the plain way too; finite differences of the default: every
     # penalty's gradient is laid beside the truth above
     "test_derivatives": "triton and not (mixture or probabilities or index-plain or (finite_differences and not logit_variance))",
     "test_module": "triton",
     "test_features": "triton",
+    "test_soft_targets": "triton and not (5000 or 300 or 130 or 150 or IndexError or dtype1 or 10000.0)",
 }
 # The simulator takes seconds for each kernel that is compiled, and is quick at margins and rows.
 SIMULATOR = {
     "test_kernel": "other_backends",
     "test_exactness": "triton and (every_margin or gap_of_25) and (10- or 1000- or 25)",
     "test_features": "triton",
+    "test_soft_targets": "triton and ((expectation and dtype0-130 and (logit_variance or kl)) or (16_bits and 300-dtype0-logit))",
 }
 WAYS = {
     "interpreted": ({"TRITON_INTERPRET": "1"}, INTERPRETER),
