@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
   const int words = (((classes + lanes - 1) >> group.shift) * M::kBytes + 3) / 4 | 1, share = words * 4 / M::kBytes;
   if (settled(job)) return;
   Tally<float> tally{};
-  const float scale = gradient ? mean_scale(job) : 1.f;
+  const float scale = gradient ? mean_scale(job) : 1.f, n = float(classes - 1), inv_n = inverse(n);
 
   for (int64_t start = int64_t(blockIdx.x) * tile_rows; start < job.rows; start += int64_t(gridDim.x) * tile_rows) {
     const int here = int(min(int64_t(tile_rows), job.rows - start));
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         y[j] = at.y(own ? at.ref : M::load(from + j * apart)), e[j] = exp2_approx(y[j]);
         sums.add(y[j], e[j]);
       });
-      if (group.lane == 0) sums.remove(at.lost, exp2_approx(at.lost));
+      if (group.lane == 0) sums.remove(at.lost, at.series(at.offset()));
       sums.join(group);
 
       // finish: by the group's first thread
@@ -95,14 +95,11 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       float label = 0;
       bool careful = true;
       if (group.lane == 0) {
-        const float n = float(classes - 1);
-        if (sums.sound(n)) {
-          RowMoments<float> moments = sums.moments(n, at);
-          const Move move(moments);
+        if (sums.sound(inv_n, at, kMostSum)) {
           const Weights<float> weights(job, r, row.label);
-          const RowLoss<float> out = finish_row(job, weights, moments, z_y, n + 1);
-          const RowGradient<float> g = times(out.gradient, scale * row.upstream);
-          slope = Slope<Needs>(g, at, move.shift, move.factor), label = g.label;
+          const RowLoss<float> out =
+              finish(sums.moments(n, inv_n, at), z_y, weights.of_class, weights.of_row, scale * row.upstream, job.options);
+          slope = Slope<Needs>(out.gradient, at), label = out.gradient.label;
           careful = gradient && !slope.exact;
           if (!careful) tally.add(job, r, weights.both(), out);
         }

@@ -79,8 +79,8 @@ struct Tally {
       job.row_loss[r] = out.loss;
       if (job.parts) job.row_parts[r] = out.cross_entropy, job.row_parts[job.rows + r] = out.diversity;
     } else if (job.partial) {
-      loss += out.loss, cross_entropy += out.cross_entropy, diversity += out.diversity;
-      weight += share;
+      loss += out.loss, weight += share;
+      if (job.parts) cross_entropy += out.cross_entropy, diversity += out.diversity;
     }
   }
   // By all threads of the block, once; the last block to come here writes the total if it is to.
