@@ -11,15 +11,17 @@ namespace fastsoftloss {
 // The order of DIVERSITIES in fastsoftloss/ops.py.
 enum class Diversity : int { none, logit_variance, kl, reverse_kl, chi2, variance };
 
-struct LossOptions {
+template <class Real>
+struct Options {
   Diversity diversity = Diversity::none;
-  double diversity_weight = 0;
-  double label_smoothing = 0;
-  double z_loss = 0;
-  double classes = 0;           // K
-  double class_weight_sum = 0;  // over all K classes; K where there are no class weights
+  Real diversity_weight = 0;
+  Real label_smoothing = 0;
+  Real z_loss = 0;
+  Real classes = 0;           // K
+  Real class_weight_sum = 0;  // over all K classes; K where there are no class weights
   bool class_weights = false;
 };
+using LossOptions = Options<double>;
 
 // dz_j = e_j (a + b e_j + t x_j) + e0 + e1 x_j + ew w_j for j in the complement, with e_j and x_j as in RowMoments;
 // the true class gets `label`, a mixture's second one `other`, a class masked with -inf gets `masked` + ew w_j.
@@ -67,7 +69,8 @@ FSL_FN constexpr unsigned moments_of(Diversity d) {
                                                                       : kBase;
 }
 
-FSL_FN unsigned moments_of(const LossOptions& o) {
+template <class Real>
+FSL_FN unsigned moments_of(const Options<Real>& o) {
   const unsigned smoothing = o.label_smoothing == 0 ? kBase : o.class_weights ? kWeighted : kLogits;
   return moments_of(o.diversity) | smoothing;
 }
@@ -75,10 +78,12 @@ FSL_FN unsigned moments_of(const LossOptions& o) {
 // How a class stands against its complement.
 template <class T>
 struct Margin {
-  T s, p;    // 1 - p_y, p_y
-  T ce;      // -log p_y
-  T lift;    // lse - m
-  T inv_s1;  // 1 / s1, where there is a complement
+  T s, p;         // 1 - p_y, p_y
+  T ce;           // -log p_y
+  T d, log_both;  // m - z_y; log(others + own), see margin()
+  T inv_s1;       // 1 / s1, where there is a complement
+
+  FSL_FN T lift() const { return log_both + max(T(0) - d, T(0)); }  // lse - m
 };
 
 // m is no more than a little above the largest logit, so that s1 is no less than about 1, and s1^2 is a number.
@@ -95,8 +100,9 @@ FSL_FN Margin<T> margin(const RowMoments<T>& r, T z_y) {
   const T d = r.m - z_y;
   const T z_back = d - r.m, lost = (r.m - (d - z_back)) - (z_y + z_back);
   const auto wrong = d > zero;
-  const T h = exp(abs(d) * T(-0.5));
-  const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost), zero);  // NaN where a logit is infinite
+  T rest;
+  const T h = exp_but(abs(d) * T(-0.5), rest);
+  const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost) + rest + rest, zero);  // NaN where a logit is infinite
   const T h_back = h + h * tilt;
   const T others = select(wrong, s1, h * s1 * h_back), own = select(wrong, h * h_back, one);
   const T both = others + own, inv_both = inverse(s1 * both), share = s1 * inv_both;
@@ -105,21 +111,21 @@ FSL_FN Margin<T> margin(const RowMoments<T>& r, T z_y) {
   out.s = others * share;
   out.p = own * share;
   const T v = select(wrong, one, others);  // where it is near 0, 1 + v has lost it
-  const T log_both = select(v > T(kNearZero), log(both), log1p_near_zero(v));
-  out.ce = log_both + select(wrong, d, zero);  // softplus(delta)
-  out.lift = select(some, log_both - select(wrong, zero, d), zero);
+  out.d = d;
+  out.log_both = select(v > T(kNearZero), log(both), log1p_near_zero(v));
+  out.ce = out.log_both + select(wrong, d, zero);  // softplus(delta)
   return out;
 }
 
 template <class T>
 struct Penalty {
-  T value = T(0);
-  RowGradient<T> gradient;  // of diversity_weight times the value, times a factor
+  T value = T(0), cost = T(0);  // cost: diversity_weight times the value
+  RowGradient<T> gradient;      // of the cost, times a factor
 };
 
 // D of the complement r of a class that stands against it as y says.
-template <class T>
-FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, const Margin<T>& y, T factor, const LossOptions& o) {
+template <class T, class Real>
+FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, const Margin<T>& y, T factor, const Options<Real>& o) {
   const T zero(0), one(1);
   Penalty<T> out;
   T& penalty = out.value;
@@ -163,15 +169,19 @@ FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, const Margin<T>& y, T facto
     case Diversity::none:
       break;
   }
-  if (o.diversity_weight == 0) g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
   penalty = select(r.n > one, penalty, zero);
+  if (o.diversity_weight == 0) {
+    g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
+  } else {
+    out.cost = T(o.diversity_weight) * penalty;
+  }
   return out;
 }
 
 // z_y: the true class's logit. class_weight: w_y. row_weight: the row's sample weight. scale: what the gradient is
 // multiplied by besides, the upstream gradient over the mean's divisor.
-template <class T>
-FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const LossOptions& o) {
+template <class T, class Real>
+FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const Options<Real>& o) {
   const T zero(0), one(1);
   const auto some = r.n > zero;
   const T n = max(r.n, one);
@@ -183,7 +193,6 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   const T own = class_weight * scale;
 
   const Penalty<T> d = penalty_of(r, y, own, o);
-  const T penalty = class_weight * d.value;
   RowGradient<T> g = d.gradient;
   g.masked = zero * scale;
 
@@ -191,8 +200,8 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   if (o.label_smoothing != 0) {
     const T eps(o.label_smoothing), k = eps / T(o.classes), k_scale = k * scale;
     const T keep = (one - eps) * own;
-    const T others = o.class_weights ? r.sw * y.lift - r.swx : n * (y.lift - r.mean);  // sum over C of w_j (lse - z_j)
-    const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);   // -log 0, as PyTorch has it
+    const T others = o.class_weights ? r.sw * y.lift() - r.swx : n * (y.lift() - r.mean);  // sum over C of w_j (lse - z_j)
+    const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);       // -log 0, as PyTorch has it
     ce = (one - eps) * ce + k * (select(some, others, zero) + masked + ce);
     pull = keep + k_scale * T(o.class_weight_sum);
     // d/dz_y of the smooth part is k (W p_y - w_y), written with W p_y = W - W s
@@ -207,15 +216,15 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
     g.label = g.label - own * y.s;
   }
 
-  T loss = o.diversity_weight == 0 ? ce : ce + T(o.diversity_weight) * penalty;
+  T loss = ce + class_weight * d.cost;
   if (o.z_loss != 0) {
-    const T lse = select(some, r.m + y.lift, z_y), slope = T(2 * o.z_loss) * lse;
+    const T lse = select(some, r.m + y.lift(), z_y), slope = T(2 * o.z_loss) * lse;
     loss = loss + T(o.z_loss) * class_weight * lse * lse;
     pull = pull + slope * own;
     g.label = g.label + slope * own * y.p;
   }
   g.a = g.a + pull * y.s * y.inv_s1;
-  return {loss * row_weight, ce * row_weight, penalty * row_weight, g};
+  return {loss * row_weight, ce * row_weight, class_weight * d.value * row_weight, g};
 }
 
 // A mixture of two labels that are not the same class, from the moments of all other classes: what they lack of a

@@ -34,6 +34,20 @@ FSL_FN float log(float a) { return logf(a); }
 #endif
 FSL_FN double log(double a) { return ::log(a); }
 
+// exp(a) = exp_but(a, rest) (1 + rest) for a finite a <= 0: for who multiplies by something near 1 anyhow.
+template <class T>
+FSL_FN T exp_but(T a, T& rest) {
+  rest = T(0);
+  return exp(a);
+}
+#ifdef __CUDA_ARCH__
+FSL_FN float exp_but(float a, float& rest) {
+  const float y = a * 1.44269504f;
+  rest = (fmaf(a, 1.44269504f, -y) + a * 1.92596299e-8f) * 0.693147181f;
+  return exp2f(y);
+}
+#endif
+
 // 1 / a for a number a that has a normal inverse.
 template <class T>
 FSL_FN T inverse(T a) {

@@ -223,7 +223,7 @@ FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMomen
     const V e = select(there, f * V::load(rows.exps + i), zero);
     const auto rest = without<kNeeds>(all, x, e);
     const V p = e * inv_s1;
-    const Margin<V> y{rest.s1 * inv_s1, p, zero, zero, one / (rest.s1 + select(rest.n > zero, zero, one))};
+    const Margin<V> y{rest.s1 * inv_s1, p, zero, zero, zero, one / (rest.s1 + select(rest.n > zero, zero, one))};
     const Penalty<V> d = penalty_of(rest, y, one, o);
     const RowGradient<V>& g = d.gradient;
     value = value + u * d.value;

@@ -25,6 +25,7 @@ struct Group {
   }
 
   FSL_DEVICE void sync() const {
+    if (size == 1) return;
     if (size <= 32) {
       __syncwarp(mask);
     } else {

@@ -51,10 +51,10 @@ struct Sums {
     group.sum_for_first(v);
     take(v);
   }
-  // inv_n: of the number of classes summed.
+  // Comparisons that infinities and NaN fail. inv_n: of the number of classes summed.
   FSL_DEVICE bool sound(float inv_n, const Reference& at, float most) const {
-    bool good = s1 > 0.5f && s1 < most && fabsf(at.lost) < 0.01f;
-    if (Needs & kLogits) good = good && syy < 1e30f && syy <= 8 * (syy - sy * (sy * inv_n));
+    bool good = s1 < most && fabsf(at.lost) < 0.01f;
+    if (Needs & kLogits) good = good && syy <= 8 * (syy - sy * (sy * inv_n));
     if (Needs & kSquares) good = good && sey - sey == 0;
     return good;
   }
