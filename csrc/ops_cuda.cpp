@@ -192,6 +192,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   job.target.data = static_cast<char*>(const_cast<void*>(in.target.const_data_ptr()));
   job.ignore_index = in.ignore_index;
   job.mean = in.reduction == kMean;
+  job.weighted = in.weight || in.sample_weight;
   Walk walks[5];
   int count = 0;
   walks[count++] = {&logits, class_dim, bytes, &job.logits};
@@ -215,10 +216,10 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
 
   auto& o = job.options;
   o.diversity = static_cast<fastsoftloss::Diversity>(in.diversity);
-  o.diversity_weight = in.diversity_weight;
-  o.label_smoothing = in.label_smoothing;
-  o.z_loss = in.z_loss;
-  o.classes = o.class_weight_sum = double(job.classes);
+  o.diversity_weight = T(in.diversity_weight);
+  o.label_smoothing = T(in.label_smoothing);
+  o.z_loss = T(in.z_loss);
+  o.classes = o.class_weight_sum = T(job.classes);
   o.class_weights = job.class_weight != nullptr && o.label_smoothing != 0;  // a row's own weight is an argument of finish
 
   Batch batch;
@@ -318,7 +319,8 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
     T* const kept_data = moments.numel() ? static_cast<T*>(moments.mutable_data_ptr()) : nullptr;
     if (reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
     if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;
-    const Scratch places = scratch(call.plan, rows, sizeof(fastsoftloss::RowMoments<T>) / sizeof(T));
+    const bool labelled = gradient && job.mean;
+    const Scratch places = scratch(call.plan, rows, sizeof(fastsoftloss::RowMoments<T>) / sizeof(T), labelled);
     const Tensor memory = vector_of(logits, reduction != kNone || call.plan.splits > 1 ? places.size : 0, type);
     T* const scratch_data = memory.numel() ? static_cast<T*>(memory.mutable_data_ptr()) : nullptr;
     if (reduction == kNone) {
@@ -330,6 +332,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
       job.partial = scratch_data + places.partial;
       job.shares = scratch_data + places.shares;
       job.counter = reinterpret_cast<unsigned*>(scratch_data + places.counter);
+      if (labelled) job.labels = reinterpret_cast<const int16_t*>(scratch_data + places.labels);
     }
     if (call.plan.splits > 1) job.moments = scratch_data + places.moments;
     check(fastsoftloss::cuda::forward<storage.value, T>(job, call.plan, device.stream()));

@@ -11,15 +11,17 @@ namespace fastsoftloss {
 // The order of DIVERSITIES in fastsoftloss/ops.py.
 enum class Diversity : int { none, logit_variance, kl, reverse_kl, chi2, variance };
 
-struct LossOptions {
+template <class Real>
+struct Options {
   Diversity diversity = Diversity::none;
-  double diversity_weight = 0;
-  double label_smoothing = 0;
-  double z_loss = 0;
-  double classes = 0;           // K
-  double class_weight_sum = 0;  // over all K classes; K where there are no class weights
+  Real diversity_weight = 0;
+  Real label_smoothing = 0;
+  Real z_loss = 0;
+  Real classes = 0;           // K
+  Real class_weight_sum = 0;  // over all K classes; K where there are no class weights
   bool class_weights = false;
 };
+using LossOptions = Options<double>;
 
 // dz_j = e_j (a + b e_j + t x_j) + e0 + e1 x_j + ew w_j for j in the complement, with e_j and x_j as in RowMoments;
 // the true class gets `label`, a mixture's second one `other`, a class masked with -inf gets `masked` + ew w_j.
@@ -67,7 +69,8 @@ FSL_FN constexpr unsigned moments_of(Diversity d) {
                                                                       : kBase;
 }
 
-FSL_FN unsigned moments_of(const LossOptions& o) {
+template <class Real>
+FSL_FN unsigned moments_of(const Options<Real>& o) {
   const unsigned smoothing = o.label_smoothing == 0 ? kBase : o.class_weights ? kWeighted : kLogits;
   return moments_of(o.diversity) | smoothing;
 }
@@ -75,51 +78,61 @@ FSL_FN unsigned moments_of(const LossOptions& o) {
 // How a class stands against its complement.
 template <class T>
 struct Margin {
-  T s, p;  // 1 - p_y, p_y
-  T ce;    // -log p_y
-  T lift;  // lse - m
+  T s, p;         // 1 - p_y, p_y
+  T ce;           // -log p_y
+  T d, log_both;  // m - z_y; log(others + own), see margin()
+  T inv_s1;       // 1 / s1, where there is a complement
+
+  FSL_FN T lift() const { return log_both + max(T(0) - d, T(0)); }  // lse - m
 };
 
+// m is no more than a little above the largest logit, so that s1 is no less than about 1, and s1^2 is a number.
 template <class T>
 FSL_FN Margin<T> margin(const RowMoments<T>& r, T z_y) {
   const T zero(0), one(1);
   const auto some = r.n > zero;
   // without a class s1 is 0, or NaN where the only classes were: that must not be replaced
-  const T s1 = r.s1 + select(some, zero, one), inv_s1 = one / s1;
+  const T s1 = r.s1 + select(some, zero, one);
 
-  // The margin is delta = d + log s1. Its odds are taken as exp(d) s1, so that no logarithm is rounded on the way, the
-  // rounding of d is put back (two-sum), and exp(d/2) is applied twice, since s1 may lift what exp(d) would flush to 0.
+  // The margin is delta = d + log s1, its odds are others : own = exp(d) s1 : 1, or s1 : exp(-d) where d > 0: no logarithm is
+  // rounded on the way, the rounding of d is put back (two-sum), and exp(-|d|/2) is applied twice, since s1 may lift what
+  // exp(d) would flush to 0. One reciprocal gives all.
   const T d = r.m - z_y;
   const T z_back = d - r.m, lost = (r.m - (d - z_back)) - (z_y + z_back);
   const auto wrong = d > zero;
-  const T h = exp(abs(d) * T(-0.5));
-  const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost), zero);  // NaN where a logit is infinite
-  const T v = select(wrong, h * inv_s1, h * s1) * h * (one + tilt);                // odds, or their inverse if wrong
-  const T share = one / (one + v), log1p_v = log1p(v), log_s1 = log(s1);
+  T rest;
+  const T h = exp_but(abs(d) * T(-0.5), rest);
+  const T tilt = select(abs(lost) < one, select(wrong, zero - lost, lost) + rest + rest, zero);  // NaN where a logit is infinite
+  const T h_back = h + h * tilt;
+  const T others = select(wrong, s1, h * s1 * h_back), own = select(wrong, h * h_back, one);
+  const T both = others + own, inv_both = inverse(s1 * both), share = s1 * inv_both;
   Margin<T> out;
-  out.s = select(wrong, share, v * share);
-  out.p = select(wrong, v * share, share);
-  out.ce = log1p_v + select(wrong, d + log_s1, zero);  // softplus(delta)
-  out.lift = select(some, log1p_v + select(wrong, log_s1, zero - d), zero);
+  out.inv_s1 = both * inv_both;
+  out.s = others * share;
+  out.p = own * share;
+  const T v = select(wrong, one, others);  // where it is near 0, 1 + v has lost it
+  out.d = d;
+  out.log_both = select(v > T(kNearZero), log(both), log1p_near_zero(v));
+  out.ce = out.log_both + select(wrong, d, zero);  // softplus(delta)
   return out;
 }
 
 template <class T>
 struct Penalty {
-  T value = T(0);
-  RowGradient<T> gradient;  // of diversity_weight times the value
+  T value = T(0), cost = T(0);  // cost: diversity_weight times the value
+  RowGradient<T> gradient;      // of the cost, times a factor
 };
 
-// D of the complement r of a class with probability p = 1 - s.
-template <class T>
-FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, T s, T p, const LossOptions& o) {
+// D of the complement r of a class that stands against it as y says.
+template <class T, class Real>
+FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, const Margin<T>& y, T factor, const Options<Real>& o) {
   const T zero(0), one(1);
   Penalty<T> out;
   T& penalty = out.value;
   RowGradient<T>& g = out.gradient;
   if (o.diversity == Diversity::none) return out;
-  const T n = max(r.n, one), s1 = r.s1 + select(r.n > zero, zero, one), inv_s1 = one / s1, inv_n = one / n;
-  const T weight = select(r.n > one, T(o.diversity_weight), zero);  // one class has no spread
+  const T n = max(r.n, one), inv_n = one / n, inv_s1 = y.inv_s1, s = y.s, p = y.p;
+  const T weight = select(r.n > one, T(o.diversity_weight), zero) * factor;  // one class has no spread
   switch (o.diversity) {
     case Diversity::logit_variance:
       penalty = r.m2 * inv_n;
@@ -128,13 +141,13 @@ FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, T s, T p, const LossOptions
       break;
     case Diversity::kl: {
       const T mean_x = r.sx * inv_s1;  // log q_j + H = x_j - mean_x
-      penalty = mean_x - log(s1 * inv_n);
+      penalty = mean_x - log(r.s1 * inv_n);
       g.t = weight * inv_s1;
       g.a = zero - g.t * mean_x;
       break;
     }
     case Diversity::reverse_kl:
-      penalty = log(s1 * inv_n) - r.mean;
+      penalty = log(r.s1 * inv_n) - r.mean;
       g.a = weight * inv_s1;
       g.e0 = zero - weight * inv_n;
       break;
@@ -156,74 +169,62 @@ FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, T s, T p, const LossOptions
     case Diversity::none:
       break;
   }
-  if (o.diversity_weight == 0) g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
   penalty = select(r.n > one, penalty, zero);
+  if (o.diversity_weight == 0) {
+    g = RowGradient<T>();  // only looked at: an infinite penalty times 0 must not appear
+  } else {
+    out.cost = T(o.diversity_weight) * penalty;
+  }
   return out;
 }
 
 // z_y: the true class's logit. class_weight: w_y. row_weight: the row's sample weight. scale: what the gradient is
 // multiplied by besides, the upstream gradient over the mean's divisor.
-template <class T>
-FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const LossOptions& o) {
+template <class T, class Real>
+FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const Options<Real>& o) {
   const T zero(0), one(1);
   const auto some = r.n > zero;
-  const T n = max(r.n, one), inv_s1 = one / (r.s1 + select(some, zero, one));
+  const T n = max(r.n, one);
   const Margin<T> y = margin(r, z_y);
-  const T s = y.s, p = y.p, ce_row = y.ce, lift = y.lift;
+  // NaN and +inf poison the whole row, as in PyTorch; +inf in the complement is NaN in s1 already
+  const auto bad = (y.ce != y.ce) | (z_y == T(Limits<T>::infinity()));
+  row_weight = select(bad, T(Limits<T>::quiet_NaN()), row_weight);
+  scale = scale * row_weight;
+  const T own = class_weight * scale;
 
-  const Penalty<T> d = penalty_of(r, s, p, o);
-  const T penalty = d.value * class_weight;
+  const Penalty<T> d = penalty_of(r, y, own, o);
   RowGradient<T> g = d.gradient;
-  g.a = g.a * class_weight, g.b = g.b * class_weight, g.t = g.t * class_weight;
-  g.e0 = g.e0 * class_weight, g.e1 = g.e1 * class_weight, g.label = g.label * class_weight;
+  g.masked = zero * scale;
 
-  T ce = class_weight * ce_row, pull = class_weight;  // pull: what multiplies s q_j and -s
+  T ce = class_weight * y.ce, pull = own;  // pull: what multiplies s q_j and -s
   if (o.label_smoothing != 0) {
-    const T eps(o.label_smoothing), k = eps / T(o.classes);
-    const T keep = (one - eps) * class_weight;
-    const T others = o.class_weights ? r.sw * lift - r.swx : n * (lift - r.mean);     // sum over C of w_j (lse - z_j)
-    const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);  // -log 0, as PyTorch has it
+    const T eps(o.label_smoothing), k = eps / T(o.classes), k_scale = k * scale;
+    const T keep = (one - eps) * own;
+    const T others = o.class_weights ? r.sw * y.lift() - r.swx : n * (y.lift() - r.mean);  // sum over C of w_j (lse - z_j)
+    const T masked = select(r.n < T(o.classes - 1), T(Limits<T>::infinity()), zero);       // -log 0, as PyTorch has it
     ce = (one - eps) * ce + k * (select(some, others, zero) + masked + ce);
-    pull = keep + k * T(o.class_weight_sum);
+    pull = keep + k_scale * T(o.class_weight_sum);
     // d/dz_y of the smooth part is k (W p_y - w_y), written with W p_y = W - W s
-    g.label = g.label + k * (T(o.class_weight_sum) * p - class_weight) - keep * s;
+    g.label = g.label + k_scale * (T(o.class_weight_sum) * y.p - class_weight) - keep * y.s;
     if (o.class_weights) {
-      g.ew = zero - k;
+      g.ew = zero - k_scale;
     } else {
-      g.e0 = g.e0 - k;
-      g.masked = zero - k;
+      g.e0 = g.e0 - k_scale;
+      g.masked = g.masked - k_scale;
     }
   } else {
-    g.label = g.label - class_weight * s;
+    g.label = g.label - own * y.s;
   }
 
-  T loss = o.diversity_weight == 0 ? ce : ce + T(o.diversity_weight) * penalty;
+  T loss = ce + class_weight * d.cost;
   if (o.z_loss != 0) {
-    const T lse = select(some, r.m + lift, z_y);
-    const T slope = T(2 * o.z_loss) * class_weight * lse;
+    const T lse = select(some, r.m + y.lift(), z_y), slope = T(2 * o.z_loss) * lse;
     loss = loss + T(o.z_loss) * class_weight * lse * lse;
-    pull = pull + slope;
-    g.label = g.label + slope * p;
+    pull = pull + slope * own;
+    g.label = g.label + slope * own * y.p;
   }
-  g.a = g.a + pull * s * inv_s1;
-
-  // NaN and +inf poison the whole row, as in PyTorch; +inf in the complement is NaN in s1 already
-  const auto bad = (ce_row != ce_row) | (z_y == T(Limits<T>::infinity()));
-  const T nan = select(bad, T(Limits<T>::quiet_NaN()), zero);
-  scale = scale * row_weight;
-  RowLoss<T> out;
-  out.loss = (loss + nan) * row_weight;
-  out.cross_entropy = (ce + nan) * row_weight;
-  out.diversity = (penalty + nan) * row_weight;
-  out.gradient.a = (g.a + nan) * scale;
-  out.gradient.b = g.b * scale;
-  out.gradient.t = g.t * scale;
-  out.gradient.e0 = (g.e0 + nan) * scale;
-  out.gradient.e1 = g.e1 * scale;
-  out.gradient.ew = g.ew * scale;
-  out.gradient.masked = (g.masked + nan) * scale;
-  out.gradient.label = (g.label + nan) * scale;
-  return out;
+  g.a = g.a + pull * y.s * y.inv_s1;
+  return {loss * row_weight, ce * row_weight, class_weight * d.value * row_weight, g};
 }
 
 // A mixture of two labels that are not the same class, from the moments of all other classes: what they lack of a

@@ -1,6 +1,6 @@
 // reduce: the moments of a row's complement, and how two parts of a row merge into one.
 //
-// T is float or double, or a vector of them whose lanes are rows; exp, log, log1p, max and select are found beside T.
+// T is float or double, or a vector of them whose lanes are rows; exp, log, max and the like are found beside T.
 // No torch header: CPU, CUDA and the tests take this file alone.
 #pragma once
 

@@ -19,11 +19,11 @@ extern "C" {
 void plan_of(int64_t rows, int64_t classes, int bytes, int contiguous, int packed, int side, int weighted, int fused, int sms,
              int64_t* out) {
   const Plan p = plan({rows, classes, bytes, contiguous != 0, packed != 0, side != 0, weighted != 0, fused != 0}, sms);
-  const Scratch s = scratch(p, rows, 9);
+  const Scratch s = scratch(p, rows, 9, fused != 0);
   const int64_t all[] = {int64_t(p.kernel), p.lanes, p.threads, p.tile_rows, p.splits, p.blocks, p.spread_splits, p.spread_blocks,
                          p.merge_blocks, p.shared,
-                         s.shares, s.moments, s.counter, s.size};
-  for (int64_t i = 0; i < 14; ++i) out[i] = all[i];
+                         s.shares, s.moments, s.counter, s.labels, s.size};
+  for (int64_t i = 0; i < 15; ++i) out[i] = all[i];
 }
 int fused_of(int64_t classes) { return fused(classes); }
 int64_t kept_of(int64_t rows, int64_t classes, int mean) { return kept(rows, classes, mean != 0, 6); }
@@ -47,11 +47,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def ask(
     library, rows, classes, bytes=2, contiguous=True, packed=True, side_by_side=False, weighted=False, fused=True, sms=132
 ) -> dict[str, int]:
-    out = (ctypes.c_int64 * 14)()
+    out = (ctypes.c_int64 * 15)()
     library.plan_of(
         ctypes.c_int64(rows), ctypes.c_int64(classes), bytes, contiguous, contiguous and packed, side_by_side, weighted, fused, sms, out
     )
-    return dict(zip((*NAMES, "shares", "moments", "counter", "size"), out, strict=True))
+    return dict(zip((*NAMES, "shares", "moments", "counter", "labels", "size"), out, strict=True))
 
 
 ROWS = (1, 7, 4096, 10**6, 2**31 + 5, 2**40)
@@ -76,7 +76,11 @@ def test_every_row_fits_its_threads_and_every_launch_a_grid(library) -> None:
             assert p["merge_blocks"] >= 1 and p["spread_splits"] == p["splits"] * p["lanes"] // 32
             assert p["splits"] == 1 or classes // p["splits"] >= 1024, "more than two vectors a part"
             assert 1 <= p["spread_blocks"] < 2**31 and p["spread_splits"] < 2**16
-        assert p["size"] == p["counter"] + 1 > p["moments"] >= p["shares"] + 256
+        merged = p["merge_blocks"] if p["splits"] > 1 else p["blocks"]
+        assert p["shares"] >= 4 * merged and p["moments"] >= p["shares"] + 256, "four sums a block, then the mean's shares"
+        assert p["counter"] >= p["moments"] + (9 * rows * p["splits"] if p["splits"] > 1 else 0)
+        assert p["labels"] > p["counter"] and p["labels"] % 8 == 0
+        assert p["size"] == p["labels"] + ((rows + 1) // 2 if fused else 0), "two bytes a label"
 
 
 def test_which_kernel(library) -> None:

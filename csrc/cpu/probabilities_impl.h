@@ -210,7 +210,7 @@ FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMomen
   constexpr bool kUsesA = D != Diversity::logit_variance;
   o.diversity = D;
   const U down = select(rest_m == U(-Limits<T>::infinity()), U(0), rest_m - all.m);
-  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), m(all.m), masked(-Limits<T>::infinity());
+  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), one(1), m(all.m), masked(-Limits<T>::infinity());
   V value(0), a(0), b(0), t(0), e0(0), e1(0);
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     uint64_t words[8], any = 0;
@@ -223,7 +223,8 @@ FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMomen
     const V e = select(there, f * V::load(rows.exps + i), zero);
     const auto rest = without<kNeeds>(all, x, e);
     const V p = e * inv_s1;
-    const Penalty<V> d = penalty_of(rest, rest.s1 * inv_s1, p, o);
+    const Margin<V> y{rest.s1 * inv_s1, p, zero, zero, zero, one / (rest.s1 + select(rest.n > zero, zero, one))};
+    const Penalty<V> d = penalty_of(rest, y, one, o);
     const RowGradient<V>& g = d.gradient;
     value = value + u * d.value;
     V here(0);
@@ -295,7 +296,7 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
     add(g, U(1), about(most.gradient, step));
     for (int i = 0; i < 2; ++i) {
       const Margin<U>& margin = i ? bottom : top;
-      const Penalty<U> d = penalty_of(complement[i], margin.s, margin.p, o);
+      const Penalty<U> d = penalty_of(complement[i], margin, U(1), o);
       penalty = penalty + rows.u_of[i] * d.value;
       add(g, rows.u_of[i], about(d.gradient, select(some, r.m - complement[i].m, zero)));
       dz[i] = dz[i] + rows.u_of[i] * d.gradient.label + slope_at(most.gradient, rows.z_of[i] - all.m, zero);

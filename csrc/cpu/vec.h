@@ -16,7 +16,7 @@ namespace FSL_ISA {
 using fastsoftloss::abs;
 using fastsoftloss::exp;
 using fastsoftloss::log;
-using fastsoftloss::log1p;
+using fastsoftloss::log1p_near_zero;
 using fastsoftloss::max;
 using fastsoftloss::select;
 
@@ -199,10 +199,10 @@ inline Vec<double> log(Vec<double> x) {
   return Vec<double>::load(lanes);
 }
 
-// log(1 + x) for x >= 0, with the relative precision of x where 1 + x rounds it away.
-template <class T>
-FSL_FN Vec<T> log1p(Vec<T> x) {
-  const Vec<T> one(1), w = x + one;
+FSL_FN Vec<float> log1p_near_zero(Vec<float> x) { return log1p_polynomial(x); }
+// with the relative precision of x where 1 + x rounds it away
+FSL_FN Vec<double> log1p_near_zero(Vec<double> x) {
+  const Vec<double> one(1), w = x + one;
   return log(w) + (x - (w - one)) / w;
 }
 

@@ -78,13 +78,6 @@ FSL_DEVICE RowGradient<T> times(const RowGradient<T>& g, T scale) {
 }
 
 template <class T>
-FSL_DEVICE RowLoss<T> finish_row(const Job<T>& job, const Weights<T>& weights, const RowMoments<T>& moments, T z_y, T weight_sum) {
-  LossOptions options = job.options;
-  options.class_weight_sum = weight_sum;
-  return finish(moments, z_y, weights.of_class, weights.of_row, T(1), options);
-}
-
-template <class T>
 struct alignas(16) Four {
   T x, y, z, w;
 };
@@ -113,7 +106,7 @@ struct Kept {
   }
   // Of a loss with these moments, times the factor.
   template <unsigned Needs>
-  FSL_DEVICE RowGradient<T> gradient(const LossOptions& options, T factor) const {
+  FSL_DEVICE RowGradient<T> gradient(const Options<T>& options, T factor) const {
     RowGradient<T> g;
     g.a = a * factor, g.e0 = e0 * factor, g.label = label * factor;
     if (!(Needs & kSquares)) {
@@ -151,7 +144,9 @@ FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r,
   const RowMoments<T> moments = careful_reduce<S>(group, row.logits, step, 0, job.classes, row.label, weight, &weight_sum);
   const T z_y = Memory<S>::load(row.logits + row.label * step);
   const Weights<T> weights(job, r, row.label);
-  const RowLoss<T> out = finish_row(job, weights, moments, z_y, weight_sum);
+  Options<T> options = job.options;
+  options.class_weight_sum = weight_sum;
+  const RowLoss<T> out = finish(moments, z_y, weights.of_class, weights.of_row, T(1), options);
   if (group.lane == 0) {
     tally.add(job, r, weights.both(), out);
     if (job.saved) save(job, r, moments.m, out.gradient, true);

@@ -25,6 +25,7 @@ struct Group {
   }
 
   FSL_DEVICE void sync() const {
+    if (size == 1) return;
     if (size <= 32) {
       __syncwarp(mask);
     } else {
@@ -50,7 +51,7 @@ struct Group {
   // What the first thread has, in a group of one warp at most.
   template <class X>
   FSL_DEVICE X of_first(X v) const {
-    return __shfl_sync(mask, v, 0, size);
+    return size == 1 ? v : __shfl_sync(mask, v, 0, size);
   }
   // What one of the threads has, for all; `slot` is one value of shared memory, and the next sum lets it go.
   FSL_DEVICE T of(int which, T v, T* slot) const {
@@ -77,6 +78,7 @@ struct Group {
   template <int N>
   FSL_DEVICE void sum_by_warps(T (&v)[N]) const {
     static_assert(N <= kMostSums, "see exchange");
+    if (size == 1) return;
 #pragma unroll
     for (int o = 16; o > 0; o /= 2)
       if (o < size) {

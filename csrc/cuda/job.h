@@ -33,9 +33,10 @@ struct Job {
   bool one_upstream = false;                                  // all rows have the same
   bool parts = false;                                         // cross-entropy and diversity are wanted beside the loss
   bool mean = false;
+  bool weighted = false;  // by class or by sample
   int64_t ignore_index = -100;
   const T* class_weight = nullptr;
-  LossOptions options;
+  Options<T> options;  // a double is dear on many devices
 
   T* row_loss = nullptr;  // without a reduction: (rows,), and (2, rows) where parts are wanted
   T* row_parts = nullptr;
@@ -49,12 +50,13 @@ struct Job {
   T* divisor = nullptr;       // of the mean; written by whoever totals, read by a backward
   const T* shares = nullptr;  // the divisor before that: `share_count` terms of it
   int share_count = 0;
-  T* saved = nullptr;    // kSaved a row, or null
-  T* moments = nullptr;  // a long row's parts: RowMoments[rows][splits]
+  const int16_t* labels = nullptr;  // and by whoever summed them, the label of each row
+  T* saved = nullptr;               // kSaved a row, or null
+  T* moments = nullptr;             // a long row's parts: RowMoments[rows][splits]
   int splits = 1;
 };
 
-constexpr int kIgnored = -1, kOutside = -2;
+constexpr int kIgnored = -1, kOutside = -2;  // in place of a label
 
 template <class T>
 struct Row {
@@ -82,6 +84,32 @@ FSL_FN void unfold(const Job<T>& job, int64_t r, F f) {
   }
 }
 
+// Of a target: a class, kIgnored or kOutside.
+template <class T>
+FSL_FN int label_at(const Job<T>& job, int64_t target) {
+  const char* at = job.target.data + target;
+  const int64_t y = job.wide_target ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+  return y == job.ignore_index ? kIgnored : uint64_t(y) >= uint64_t(job.classes) ? kOutside : int(y);
+}
+
+template <class T>
+FSL_FN int label_of(const Job<T>& job, int64_t r) {
+  int64_t target = 0;
+  unfold(job, r, [&](int d, int64_t i) { target += i * job.target.stride[d]; });
+  return label_at(job, target);
+}
+
+// A row with its logits at `line`, which are to become its gradient.
+template <class T>
+FSL_FN Row<T> locate(const Job<T>& job, int64_t r, char* line) {
+  Row<T> row = {line, line, job.labels ? job.labels[r] : label_of(job, r), T(1)};
+  if (!job.upstream.data) return row;
+  int64_t upstream = 0;
+  unfold(job, r, [&](int d, int64_t i) { upstream += i * job.upstream.stride[d]; });
+  row.upstream = *reinterpret_cast<const T*>(job.upstream.data + upstream);
+  return row;
+}
+
 template <class T>
 FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
   int64_t logits = 0, gradient = 0, target = 0, upstream = 0;
@@ -92,9 +120,7 @@ FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
   Row<T> row;
   row.logits = job.logits.data + logits;
   row.gradient = job.gradient.data + gradient;
-  const char* at = job.target.data + target;
-  const int64_t y = job.wide_target ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
-  row.label = y == job.ignore_index ? kIgnored : uint64_t(y) >= uint64_t(job.classes) ? kOutside : int(y);
+  row.label = job.labels ? job.labels[r] : label_at(job, target);
   row.upstream = job.upstream.data ? *reinterpret_cast<const T*>(job.upstream.data + upstream) : T(1);
   return row;
 }
@@ -105,6 +131,7 @@ struct Weights {
   T of_class = T(1), of_row = T(1);
 
   FSL_FN Weights(const Job<T>& job, int64_t r, int label) {
+    if (!job.weighted) return;
     if (job.class_weight && label >= 0) of_class = job.class_weight[label];
     if (!job.sample_weight.data) return;
     int64_t at = 0;

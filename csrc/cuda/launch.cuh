@@ -19,6 +19,13 @@ void with_needs(unsigned needs, F f) {
   f(std::integral_constant<unsigned, kLogits | kExponentials>());
 }
 
+template <Storage S, unsigned Needs, bool kStaged>
+void launch_tile(const Job<float>& job, const Plan& p, cudaStream_t stream) {
+  const auto kernel = p.lanes == 1 ? tile<S, Needs, kStaged, true> : tile<S, Needs, kStaged, false>;
+  const int in_twos = kStaged && Memory<S>::kBytes == 2 && job.classes % 2 == 0;
+  kernel<<<unsigned(p.blocks), p.threads, p.shared, stream>>>(job, p.lanes, p.tile_rows, in_twos);
+}
+
 // The kernel that takes rows from logits to losses, and to the gradient where the job has a place for it.
 template <Storage S, class T>
 void launch_rows(const Job<T>& job, const Plan& p, cudaStream_t stream) {
@@ -26,11 +33,9 @@ void launch_rows(const Job<T>& job, const Plan& p, cudaStream_t stream) {
     const unsigned needs = moments_of(job.options) & ~unsigned(kWeighted);
     switch (p.kernel) {
       case Kernel::tile_staged:
-        return with_needs(
-            needs, [&](auto n) { tile<S, n.value, true><<<unsigned(p.blocks), p.threads, p.shared, stream>>>(job, p.lanes, p.tile_rows); });
+        return with_needs(needs, [&](auto n) { launch_tile<S, n.value, true>(job, p, stream); });
       case Kernel::tile_direct:
-        return with_needs(
-            needs, [&](auto n) { tile<S, n.value, false><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes, p.tile_rows); });
+        return with_needs(needs, [&](auto n) { launch_tile<S, n.value, false>(job, p, stream); });
       case Kernel::resident:
         return with_needs(needs, [&](auto n) {
           if (job.gradient.data) {
@@ -64,7 +69,7 @@ cudaError_t forward(Job<T> job, const Plan& p, cudaStream_t stream) {
   if (reduced && job.mean && job.gradient.data) {
     // the divisor comes first, since every gradient wants it; then the last block to finish writes the total
     job.share_count = share_count(job.rows);
-    divisors<<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares));
+    divisors<<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares), const_cast<int16_t*>(job.labels));
     launch_rows<S>(job, p, stream);
   } else {
     job.counter = nullptr, job.shares = nullptr;

@@ -6,7 +6,7 @@ namespace cuda {
 
 __global__ void outside(const __grid_constant__ Job<float> job, unsigned long long* first) {
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x)
-    if (locate(job, r).label == kOutside) atomicMin(first, static_cast<unsigned long long>(r));
+    if (label_of(job, r) == kOutside) atomicMin(first, static_cast<unsigned long long>(r));
 }
 
 cudaError_t find_outside(const Job<float>& job, unsigned long long* row, cudaStream_t stream) {

@@ -100,12 +100,15 @@ inline Plan plan(const Batch& b, int multiprocessors) {
 // Blocks that sum the mean's divisor before a kernel that writes gradients.
 inline int share_count(int64_t rows) { return int(at_least(1, at_most(divide_up(rows, 4096), kMostShares))); }
 
-// Numbers of scratch memory: what blocks add up to, the mean's shares, a long row's parts, and a counter.
+static_assert(kFusedClasses < 1 << 15, "the labels that are kept beside the mean's shares are int16");
+
+// Numbers of scratch memory: what blocks add up to, the mean's shares, a long row's parts, a counter, and where the mean's
+// divisor comes first (`labelled`), the labels.
 struct Scratch {
-  int64_t partial, shares, moments, counter, size;
+  int64_t partial, shares, moments, counter, labels, size;
 };
 
-inline Scratch scratch(const Plan& p, int64_t rows, int moments_of_a_part) {
+inline Scratch scratch(const Plan& p, int64_t rows, int moments_of_a_part, bool labelled) {
   const bool merged = p.splits > 1;
   const int64_t totals = merged ? p.merge_blocks : p.blocks;
   Scratch s;
@@ -113,7 +116,8 @@ inline Scratch scratch(const Plan& p, int64_t rows, int moments_of_a_part) {
   s.shares = 4 * totals;
   s.moments = s.shares + kMostShares;
   s.counter = s.moments + (merged ? rows * p.splits * moments_of_a_part : 0);
-  s.size = s.counter + 1;
+  s.labels = (s.counter + 8) / 8 * 8;  // at a sector of 32 bytes
+  s.size = s.labels + (labelled ? divide_up(rows, 2) : 0);
   return s;
 }
 

@@ -95,15 +95,15 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
 
     // finish
     if (group.lane == 0) {
-      const float n = float(job.classes - 1);
+      const float n = float(job.classes - 1), inv_n = inverse(n);
       told.way = Way::careful;
-      if (sums.sound(n)) {
-        RowMoments<float> moments = sums.moments(n, at);
+      if (sums.sound(inv_n, at, kMostMovable<Needs>)) {
+        RowMoments<float> moments = sums.moments(n, inv_n, at);
         const Move move(moments);
         const Weights<float> weights(job, r, row.label);
-        const RowLoss<float> out = finish_row(job, weights, moments, told.z_y, n + 1);
+        const RowLoss<float> out = finish(moments, told.z_y, weights.of_class, weights.of_row, 1.f, job.options);
         const RowGradient<float> g = times(out.gradient, scale * row.upstream);
-        told.slope = Slope<Needs>(g, at, move.shift, move.factor), told.label = g.label;
+        told.slope = Slope<Needs>(move.back(g), at), told.label = g.label;
         if (!kGradient || told.slope.exact) {
           told.way = alike<S>(row, job.gradient_step) ? Way::quick : Way::across;
           tally.add(job, r, weights.both(), out);

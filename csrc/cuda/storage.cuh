@@ -35,6 +35,8 @@ struct Memory<Storage::float32> {
   static constexpr int kBytes = 4, kVector = 4;
   static FSL_DEVICE T load(const char* p) { return *reinterpret_cast<const T*>(p); }
   static FSL_DEVICE void store(char* p, T x) { *reinterpret_cast<T*>(p) = x; }
+  static FSL_DEVICE void load_two(const char* p, float& low, float& high) { low = load(p), high = load(p + 4); }
+  static FSL_DEVICE void store_two(char* p, float low, float high) { store(p, low), store(p + 4, high); }
   static FSL_DEVICE void unpack(uint4 v, float (&z)[4]) {
     z[0] = __uint_as_float(v.x), z[1] = __uint_as_float(v.y), z[2] = __uint_as_float(v.z), z[3] = __uint_as_float(v.w);
   }
@@ -71,6 +73,11 @@ struct Halves {
   }
   static FSL_DEVICE float load(const char* p) { return Half::widen(*reinterpret_cast<const uint16_t*>(p)); }
   static FSL_DEVICE void store(char* p, float x) { *reinterpret_cast<uint16_t*>(p) = uint16_t(Half::narrow(x, 0.f)); }
+  // two neighbours at a multiple of 4 bytes
+  static FSL_DEVICE void load_two(const char* p, float& low, float& high) {
+    Half::widen_two(*reinterpret_cast<const uint32_t*>(p), low, high);
+  }
+  static FSL_DEVICE void store_two(char* p, float low, float high) { *reinterpret_cast<uint32_t*>(p) = Half::narrow(low, high); }
 };
 
 struct Bfloat16 {

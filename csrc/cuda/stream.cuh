@@ -46,7 +46,7 @@ FSL_DEVICE void settle(const Job<T>& job, int64_t r, const Row<T>& row, RowMomen
   const bool finite = moments.s1 > 0 && moments.s1 < 1e37f, whole = finite && moments.n == T(job.classes - 1);
   if (finite) Move about_one(moments);
   const Weights<T> weights(job, r, row.label);
-  const RowLoss<T> out = finish_row(job, weights, moments, z_y, T(job.classes));
+  const RowLoss<T> out = finish(moments, z_y, weights.of_class, weights.of_row, T(1), job.options);
   tally.add(job, r, weights.both(), out);
   save(job, r, moments.m, out.gradient, !whole);
 }
@@ -119,11 +119,12 @@ __global__ void __launch_bounds__(kStreamBlock, 8) reduce(const __grid_constant_
     }
     sums.join(group);
     RowMoments<float> moments;
-    if (n > 0 && !sums.sound(n)) {
+    const float inv_n = inverse(n);
+    if (n > 0 && !sums.sound(inv_n, at, kMostMovable<Needs>)) {
       moments = careful_reduce<S>(group, row.logits, M::kBytes, part.from, part.to, row.label, static_cast<const float*>(nullptr),
                                   static_cast<float*>(nullptr));
     } else if (n > 0) {
-      moments = sums.moments(n, at);
+      moments = sums.moments(n, inv_n, at);
     }
     if (group.lane != 0) continue;
     if (gridDim.y == 1) {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kStreamBlock, 8) spread(const __grid_constant_
       continue;
     }
     const Reference at(kept.m);
-    const Slope<Needs> slope(g, at, 0.f, 1.f);
+    const Slope<Needs> slope(g, at);
     if (!alike<S>(row, job.gradient_step)) {
       spread_across<S>(group, row, job.gradient_step, part.from, part.to, at, slope, g.label);
       continue;

@@ -16,6 +16,9 @@ struct Reference {
 
   FSL_DEVICE explicit Reference(float ref) : ref(ref), scaled(ref * kLog2e), lost(fmaf(ref, kLog2e, -scaled)) {}
   FSL_DEVICE float y(float z) const { return fmaf(z, kLog2e, -scaled); }
+  // x = z - ref = y ln 2 - offset(), and exp of that, by its series: sound() sees to it that it is small.
+  FSL_DEVICE float offset() const { return lost * kLn2; }
+  static FSL_DEVICE float series(float x) { return fmaf(x, fmaf(x, 0.5f, 1.f), 1.f); }
 };
 
 // Which moments a kernel is compiled for; class weights under label smoothing always go the careful way.
@@ -48,21 +51,21 @@ struct Sums {
     group.sum_for_first(v);
     take(v);
   }
-  // n: classes summed.
-  FSL_DEVICE bool sound(float n) const {
-    bool good = s1 > 1e-15f && s1 < (Needs & kSquares ? 1e15f : 1e30f);  // finish squares 1 / s1 for s2
-    if (Needs & kLogits) good = good && syy < 1e30f && syy <= 8 * (syy - sy * (sy / n));
+  // Comparisons that infinities and NaN fail. inv_n: of the number of classes summed.
+  FSL_DEVICE bool sound(float inv_n, const Reference& at, float most) const {
+    bool good = s1 < most && fabsf(at.lost) < 0.01f;
+    if (Needs & kLogits) good = good && syy <= 8 * (syy - sy * (sy * inv_n));
     if (Needs & kSquares) good = good && sey - sey == 0;
     return good;
   }
-  FSL_DEVICE RowMoments<float> moments(float n, const Reference& at) const {
+  FSL_DEVICE RowMoments<float> moments(float n, float inv_n, const Reference& at) const {
     // in terms of x = z - ref
     RowMoments<float> r;
-    const float f = exp2_approx(-at.lost);
+    const float offset = at.offset(), f = at.series(-offset);
     r.n = n, r.m = at.ref, r.s1 = s1 * f;
     if (Needs & kLogits) {
-      const float mean = sy / n;
-      r.mean = (mean - at.lost) * kLn2, r.m2 = (syy - sy * mean) * (kLn2 * kLn2);
+      const float mean = sy * inv_n;
+      r.mean = fmaf(mean, kLn2, -offset), r.m2 = (syy - sy * mean) * (kLn2 * kLn2);
     }
     if (Needs & kSquares) r.s2 = s2 * f * f, r.sx = (sey - at.lost * s1) * f * kLn2;
     return r;
@@ -81,6 +84,11 @@ struct Sums {
   }
 };
 
+// The largest s1 that is squared in finish, or that sums of squares keep up with; and the largest for a Move and no squares.
+constexpr float kMostSum = 1e15f;
+template <unsigned Needs>
+constexpr float kMostMovable = Needs & kSquares ? kMostSum : 1e30f;
+
 // Moments moved to a reference at which s1 is about 1, so that finish neither over- nor underflows: by how much, and what
 // that does to an exponential. A row that is all but flat stays where it is, for its mean would be rounded.
 struct Move {
@@ -93,20 +101,25 @@ struct Move {
     r.sx = (r.sx - shift * r.s1) * factor;
     r.s1 *= factor, r.s2 *= factor * factor, r.mean -= shift;
   }
+  // A gradient in terms of the moved reference in terms of the first.
+  FSL_DEVICE RowGradient<float> back(RowGradient<float> g) const {
+    g.a = (g.a - g.t * shift) * factor, g.t *= factor, g.b *= factor * factor, g.e0 -= g.e1 * shift;
+    return g;
+  }
 };
 
-// The gradient of finish, which is in terms of a moved reference, in terms of y and its exponential.
+// The gradient of finish in terms of y and its exponential.
 template <unsigned Needs>
 struct Slope {
   float a, b, t, e0, e1;
   bool exact;  // a has not underflowed, so that a product with a large exponential is right
 
   Slope() = default;
-  FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at, float shift, float factor) {
-    const float f = exp2_approx(-at.lost) * factor, x0 = at.lost * kLn2 + shift;  // x = y ln 2 - x0
+  FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at) {
+    const float offset = at.offset(), f = at.series(-offset);
     a = g.a * f;
-    if (Needs & kSquares) t = g.t * f * kLn2, a -= g.t * x0 * f, b = g.b * f * f;
-    if (Needs & kLogits) e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * x0;
+    if (Needs & kSquares) t = g.t * f * kLn2, a -= g.t * offset * f, b = g.b * f * f;
+    if (Needs & kLogits) e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * offset;
     exact = fabsf(a) > 1e-36f || g.a == 0.f;
   }
   // What the group's first thread has, for all of it.

@@ -10,59 +10,63 @@
 namespace fastsoftloss {
 namespace cuda {
 
-constexpr int kTileHeld = 36, kChunk = 4, kTileBlock = 128;
+constexpr int kTileHeld = 36, kTileBlock = 128;
 
-// f(j) for j < count; each j is a constant, so that arrays stay in registers.
-template <int kFrom, class F>
-FSL_DEVICE void each_held(int count, F f) {
-  if constexpr (kFrom < kTileHeld) {
+// f(j) for j < count, which is kMost at most; each j is a constant, so that arrays stay in registers.
+template <int kMost, int kChunk, int kFrom = 0, class F>
+FSL_DEVICE void each(int count, F f) {
+  if constexpr (kFrom < kMost) {
     if (kFrom + kChunk <= count) {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) f(kFrom + j);
-      each_held<kFrom + kChunk>(count, f);
+      for (int j = kFrom; j < kFrom + kChunk && j < kMost; ++j) f(j);
+      each<kMost, kChunk, kFrom + kChunk>(count, f);
     } else {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j)
-        if (kFrom + j < count) f(kFrom + j);
+      for (int j = kFrom; j < kFrom + kChunk - 1 && j < kMost; ++j)
+        if (j < count) f(j);
     }
   }
 }
 
-template <Storage S, unsigned Needs, bool kStaged>
-__global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Job<float> job, int lanes, int tile_rows) {
+// From one place to another at a multiple of 16 bytes, by all threads of a block.
+template <class M>
+FSL_DEVICE void copy(char* to, const char* from, int bytes) {
+  const int whole = bytes & ~15;
+  for (int i = threadIdx.x * 16; i < whole; i += kTileBlock * 16) store16(to + i, load16(from + i));
+  for (int i = whole + threadIdx.x * M::kBytes; i < bytes; i += kTileBlock * M::kBytes) M::store(to + i, M::load(from + i));
+}
+
+// kAlone: a thread a row. in_twos: every row starts with a whole word, and so does every thread's share of it.
+template <Storage S, unsigned Needs, bool kStaged, bool kAlone>
+__global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Job<float> job, int lanes, int tile_rows, int in_twos) {
   using M = Memory<S>;
-  constexpr int V = M::kVector;
   extern __shared__ uint4 stage[];
   char* const staged = reinterpret_cast<char*>(stage);
-  const Group<float> group(lanes, nullptr);
+  const Group<float> group(kAlone ? 1 : lanes, nullptr);
   const bool gradient = job.gradient.data != nullptr;
   const int classes = job.classes;
   // an odd number of words a thread, so that neighbours are in different banks
-  const int words = (((classes + lanes - 1) >> group.shift) * M::kBytes + 3) / 4 | 1, share = words * 4 / M::kBytes;
+  const int words = (((classes + group.size - 1) >> group.shift) * M::kBytes + 3) / 4 | 1, share = words * 4 / M::kBytes;
+  const int line_bytes = classes * M::kBytes, rows_at_once = kTileBlock >> group.shift;
   if (settled(job)) return;
   Tally<float> tally{};
-  const float scale = gradient ? mean_scale(job) : 1.f;
+  const float scale = gradient ? mean_scale(job) : 1.f, n = float(classes - 1), inv_n = inverse(n);
 
   for (int64_t start = int64_t(blockIdx.x) * tile_rows; start < job.rows; start += int64_t(gridDim.x) * tile_rows) {
-    const int here = int(min(int64_t(tile_rows), job.rows - start));
+    const int64_t stop = min(start + tile_rows, job.rows);
+    const int bytes = int(stop - start) * line_bytes;
     if (kStaged) {
-      const char* from = job.logits.data + start * classes * M::kBytes;
-      const int elements = here * classes;
       __syncthreads();  // the last tile is stored
-      for (int i = threadIdx.x; i < elements / V; i += kTileBlock) stage[i] = load16(from + i * 16);
-      for (int i = elements / V * V + threadIdx.x; i < elements; i += kTileBlock)
-        M::store(staged + i * M::kBytes, M::load(from + i * M::kBytes));
+      copy<M>(staged, job.logits.data + start * line_bytes, bytes);
       __syncthreads();
     }
-    for (int i = group.index; i < here; i += group.count) {
-      const int64_t r = start + i;
-      const Row<float> row = locate(job, r);
-      const int64_t step = kStaged ? M::kBytes : job.logits_step;
-      char* const line = kStaged ? staged + i * classes * M::kBytes : const_cast<char*>(row.logits);
+    int64_t r = start + group.index;
+    for (int at_byte = group.index * line_bytes; at_byte < bytes; at_byte += rows_at_once * line_bytes, r += rows_at_once) {
+      const Row<float> row = kStaged ? locate(job, r, staged + at_byte) : locate(job, r);
+      const int64_t step = kStaged ? M::kBytes : job.logits_step, to_step = kStaged ? M::kBytes : job.gradient_step;
+      const char* const line = row.logits;
       if (row.label < 0) {
-        Row<float> empty = row;
-        if (kStaged) empty.gradient = line;
-        row_without_label<S>(job, group, r, empty, kStaged ? M::kBytes : job.gradient_step, gradient, tally);
+        row_without_label<S>(job, group, r, row, to_step, gradient, tally);
         continue;
       }
 
@@ -71,23 +75,34 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       const Reference at(M::load(line + other * step));
       const float z_y = M::load(line + row.label * step);
       if (kStaged) {
-        __syncwarp(group.mask);
-        if (group.lane == 0) M::store(line + row.label * step, at.ref);
-        __syncwarp(group.mask);
+        group.sync();
+        if (group.lane == 0) M::store(row.gradient + row.label * step, at.ref);
+        group.sync();
       }
       // this thread's classes: side by side where the tile is staged, else every so many, so that neighbours read neighbours
       const int first = kStaged ? group.lane * share : group.lane;
-      const int count = kStaged ? min(share, classes - first) : (classes - first + lanes - 1) >> group.shift;
-      const int64_t apart = kStaged ? M::kBytes : step * lanes;
+      const int count = kStaged ? min(share, classes - first) : (classes - first + group.size - 1) >> group.shift;
+      const int64_t apart = kStaged ? M::kBytes : step * group.size;
       float y[kTileHeld], e[kTileHeld];
       Sums<Needs> sums;
       const char* const from = line + first * step;
-      each_held<0>(count, [&](int j) {
-        const bool own = !kStaged && first + j * lanes == row.label;
-        y[j] = at.y(own ? at.ref : M::load(from + j * apart)), e[j] = exp2_approx(y[j]);
+      const auto take = [&](int j, float z) {
+        y[j] = at.y(z), e[j] = exp2_approx(y[j]);
         sums.add(y[j], e[j]);
-      });
-      if (group.lane == 0) sums.remove(at.lost, exp2_approx(at.lost));
+      };
+      if (kStaged && in_twos) {
+        each<kTileHeld / 2, 2>(count / 2, [&](int j) {
+          float low, high;
+          M::load_two(from + j * 2 * M::kBytes, low, high);
+          take(2 * j, low), take(2 * j + 1, high);
+        });
+      } else {
+        each<kTileHeld, 4>(count, [&](int j) {
+          const bool own = !kStaged && first + j * group.size == row.label;
+          take(j, own ? at.ref : M::load(from + j * apart));
+        });
+      }
+      if (group.lane == 0) sums.remove(at.lost, at.series(at.offset()));
       sums.join(group);
 
       // finish: by the group's first thread
@@ -95,46 +110,40 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       float label = 0;
       bool careful = true;
       if (group.lane == 0) {
-        const float n = float(classes - 1);
-        if (sums.sound(n)) {
-          RowMoments<float> moments = sums.moments(n, at);
-          const Move move(moments);
+        if (sums.sound(inv_n, at, kMostSum)) {
           const Weights<float> weights(job, r, row.label);
-          const RowLoss<float> out = finish_row(job, weights, moments, z_y, n + 1);
-          const RowGradient<float> g = times(out.gradient, scale * row.upstream);
-          slope = Slope<Needs>(g, at, move.shift, move.factor), label = g.label;
+          const RowLoss<float> out =
+              finish(sums.moments(n, inv_n, at), z_y, weights.of_class, weights.of_row, scale * row.upstream, job.options);
+          slope = Slope<Needs>(out.gradient, at), label = out.gradient.label;
           careful = gradient && !slope.exact;
           if (!careful) tally.add(job, r, weights.both(), out);
         }
       }
       careful = group.of_first(int(careful));
       if (careful) {
-        if (kStaged && group.lane == 0) M::store(line + row.label * step, z_y);
-        if (kStaged) __syncwarp(group.mask);
-        Row<float> there = row;
-        if (kStaged) there.logits = line, there.gradient = line;
-        careful_row<S>(job, group, r, there, step, kStaged ? step : job.gradient_step, scale, gradient, tally);
+        if (kStaged && group.lane == 0) M::store(row.gradient + row.label * step, z_y);
+        if (kStaged) group.sync();
+        careful_row<S>(job, group, r, row, step, to_step, scale, gradient, tally);
         continue;
       }
       if (!gradient || (!kStaged && job.rescale && row.upstream == 1.f)) continue;
 
       // spread
       slope.share(group);
-      const int64_t to_step = kStaged ? M::kBytes : job.gradient_step;
-      char* const row_to = kStaged ? line : row.gradient;
-      char* const to = row_to + first * to_step;
-      const int64_t to_apart = kStaged ? M::kBytes : to_step * lanes;
-      each_held<0>(count, [&](int j) { M::store(to + j * to_apart, slope(y[j], e[j])); });
-      __syncwarp(group.mask);
-      if (group.lane == 0) M::store(row_to + row.label * to_step, label);
+      char* const to = row.gradient + first * to_step;
+      const int64_t to_apart = kStaged ? M::kBytes : to_step * group.size;
+      if (kStaged && in_twos) {
+        each<kTileHeld / 2, 2>(
+            count / 2, [&](int j) { M::store_two(to + j * 2 * M::kBytes, slope(y[2 * j], e[2 * j]), slope(y[2 * j + 1], e[2 * j + 1])); });
+      } else {
+        each<kTileHeld, 4>(count, [&](int j) { M::store(to + j * to_apart, slope(y[j], e[j])); });
+      }
+      group.sync();
+      if (group.lane == 0) M::store(row.gradient + row.label * to_step, label);
     }
     if (kStaged && gradient) {
-      char* to = job.gradient.data + start * classes * M::kBytes;
-      const int elements = here * classes;
       __syncthreads();
-      for (int i = threadIdx.x; i < elements / V; i += kTileBlock) store16(to + i * 16, stage[i]);
-      for (int i = elements / V * V + threadIdx.x; i < elements; i += kTileBlock)
-        M::store(to + i * M::kBytes, M::load(staged + i * M::kBytes));
+      copy<M>(job.gradient.data + start * line_bytes, staged, bytes);
     }
   }
   tally.close(job);

@@ -54,13 +54,16 @@ __global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job,
   write_total(job, blocks);
 }
 
-// What the mean divides by, where it has to be known before the first gradient is written: its terms.
+// What the mean divides by, where it has to be known before the first gradient is written: its terms. The labels are kept,
+// so that they need not be read once more.
 template <class T>
-__global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares) {
+__global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
   T sum[1] = {0};
+#pragma unroll 4
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
-    const Row<T> row = locate(job, r);
-    if (row.counts()) sum[0] += Weights<T>(job, r, row.label).both();
+    const int label = label_of(job, r);
+    labels[r] = int16_t(label);
+    if (label != kIgnored) sum[0] += Weights<T>(job, r, label).both();
   }
   block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -77,10 +80,14 @@ struct Tally {
   FSL_DEVICE void add(const Job<T>& job, int64_t r, T share, const RowLoss<T>& out) {
     if (job.row_loss) {
       job.row_loss[r] = out.loss;
-      if (job.parts) job.row_parts[r] = out.cross_entropy, job.row_parts[job.rows + r] = out.diversity;
-    } else if (job.partial) {
-      loss += out.loss, cross_entropy += out.cross_entropy, diversity += out.diversity;
-      weight += share;
+    } else {
+      loss += out.loss, weight += share;
+    }
+    if (!job.parts) return;
+    if (job.row_loss) {
+      job.row_parts[r] = out.cross_entropy, job.row_parts[job.rows + r] = out.diversity;
+    } else {
+      cross_entropy += out.cross_entropy, diversity += out.diversity;
     }
   }
   // By all threads of the block, once; the last block to come here writes the total if it is to.
