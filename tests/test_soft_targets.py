@@ -116,6 +116,14 @@ def test_a_mixture_is_the_two_losses(backend, kind, classes, dtype):
         check(backend, logits, (*target[:2], 0.3), diversity=kind, diversity_weight=0.7, **extra)
 
 
+@pytest.mark.parametrize("kind", ["logit_variance", "kl"])
+def test_the_largest_logits_far_from_the_rest_of_a_long_row(backend, kind):
+    """Each in another part of it."""
+    logits = torch.randn(2, 4500)
+    logits[:, 7], logits[:, 4400] = 150.0, 140.0
+    check(backend, logits, (torch.tensor([7, 11]), torch.tensor([4400, 7]), 0.3), diversity=kind)
+
+
 @pytest.mark.parametrize("kind", DIVERSITIES)
 @pytest.mark.parametrize("classes", [5, 150])
 @pytest.mark.parametrize(("margin", "offset"), [(-80.0, 0), (-25.0, 0), (0.0, 0), (3.0, 0), (80.0, 0), (-5.0, 1e4), (25.0, 1e4)])
