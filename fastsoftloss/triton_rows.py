@@ -219,7 +219,9 @@ def _careful(
         top = tl.maximum(top, z)
     row_top = _finite(tl.max(tl.max(top, 2), 1))
     row_base = _marked(_base(row_top), 1)
-    row_middle = _x(row_top, row_base)  # what the base was rounded by: the mean of a flat row, exactly
+    row_middle = tl.zeros_like(row_top)
+    if KIND == LOGIT_VARIANCE:  # what the base was rounded by: the mean of a flat row, exactly
+        row_middle = _x(row_top, row_base)
     base = _of_rows(row_base)
     middle = _of_rows(row_middle)
     n = zero
