@@ -208,9 +208,13 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
     walks[count++] = {&*in.sample_weight, -1, sizeof(T), &job.sample_weight};
   }
   if (upstream) {
-    job.upstream.data = static_cast<char*>(const_cast<void*>(upstream->const_data_ptr()));
-    job.one_upstream = upstream->dim() == 0;
-    if (!job.one_upstream) walks[count++] = {upstream, -1, sizeof(T), &job.upstream};
+    auto* const data = static_cast<char*>(const_cast<void*>(upstream->const_data_ptr()));
+    if (upstream->dim() == 0) {
+      job.one_upstream = reinterpret_cast<const T*>(data);
+    } else {
+      job.upstream.data = data;
+      walks[count++] = {upstream, -1, sizeof(T), &job.upstream};
+    }
   }
   if (!set_rows(job, in.target, walks, count)) return false;
 
@@ -319,7 +323,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
     T* const kept_data = moments.numel() ? static_cast<T*>(moments.mutable_data_ptr()) : nullptr;
     if (reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
     if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;
-    const bool labelled = gradient && job.mean;
+    const bool labelled = gradient && job.mean && classes <= kTileClasses;  // elsewhere they are little beside the logits
     const Scratch places = scratch(call.plan, rows, sizeof(fastsoftloss::RowMoments<T>) / sizeof(T), labelled);
     const Tensor memory = vector_of(logits, reduction != kNone || call.plan.splits > 1 ? places.size : 0, type);
     T* const scratch_data = memory.numel() ? static_cast<T*>(memory.mutable_data_ptr()) : nullptr;
@@ -353,7 +357,7 @@ void write_gradient(Tensor& dlogits, const Tensor& upstream, const Tensor& momen
     Call<T> call;
     const Tensor read = set_call(call, in, &dlogits, &upstream, device.multiprocessors());
     Job<T>& job = call.job;
-    job.rescale = rescale;
+    job.rescale = rescale && job.one_upstream, job.rescale_rows = rescale && !job.one_upstream;
     T* const kept_data = moments.numel() ? static_cast<T*>(const_cast<void*>(moments.const_data_ptr())) : nullptr;
     if (in.reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
     if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;

@@ -167,10 +167,10 @@ __global__ void __launch_bounds__(kCarefulBlock, sizeof(T) == 4 ? 8 : 4) careful
   const Group<T> group(lanes, nullptr);
   __shared__ Tally<T> tallies[kCarefulBlock];  // registers are short
   Tally<T>& tally = tallies[threadIdx.x] = {};
-  const T scale = mean_scale(job);
+  const T scale = scale_of_all(job);
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
     const Row<T> row = locate(job, r);
-    if (job.rescale && row.upstream == T(1)) continue;
+    if (settled(job, row)) continue;
     if (row.label < 0) {
       row_without_label<S>(job, group, r, row, job.gradient_step, job.gradient.data != nullptr, tally);
     } else {

@@ -29,11 +29,12 @@ struct Job {
   Operand logits, gradient, target, sample_weight, upstream;  // data null where absent; T but for logits, gradient and target
   int64_t logits_step = 0, gradient_step = 0;                 // bytes between classes
   bool wide_target = true;                                    // int64, else int32
-  bool rescale = false;                                       // leave the gradient of rows whose upstream gradient is 1 as it is
-  bool one_upstream = false;                                  // all rows have the same
+  bool rescale = false;                                       // leave the gradient as it is where the one upstream gradient is 1
+  bool rescale_rows = false;                                  // or of rows whose own is
   bool parts = false;                                         // cross-entropy and diversity are wanted beside the loss
   bool mean = false;
-  bool weighted = false;  // by class or by sample
+  bool weighted = false;            // by class or by sample
+  const T* one_upstream = nullptr;  // where all rows have the same, in place of `upstream`
   int64_t ignore_index = -100;
   const T* class_weight = nullptr;
   Options<T> options;  // a double is dear on many devices

@@ -100,10 +100,11 @@ inline Plan plan(const Batch& b, int multiprocessors) {
 // Blocks that sum the mean's divisor before a kernel that writes gradients.
 inline int share_count(int64_t rows) { return int(at_least(1, at_most(divide_up(rows, 4096), kMostShares))); }
 
-static_assert(kFusedClasses < 1 << 15, "the labels that are kept beside the mean's shares are int16");
+static_assert(kTileClasses < 1 << 15, "the labels that are kept beside the mean's shares are int16");
 
 // Numbers of scratch memory: what blocks add up to, the mean's shares, a long row's parts, a counter, and where the mean's
-// divisor comes first (`labelled`), the labels.
+// divisor comes first and classes are few
+// (`labelled`), the labels.
 struct Scratch {
   int64_t partial, shares, moments, counter, labels, size;
 };

@@ -19,11 +19,12 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
   if (settled(job)) return;
   Told<Needs>& told = of_rows[group.index];
   Tally<float> tally{};
-  const float scale = kGradient ? mean_scale(job) : 1.f;
+  const float scale = kGradient ? scale_of_all(job) : 1.f;
 
-  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
+  const int64_t stride_of_rows = int64_t(gridDim.x) * group.count;
+  for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += stride_of_rows) {
     const Row<float> row = locate(job, r);
-    if (kGradient && job.rescale && row.upstream == 1.f) continue;
+    if (kGradient && settled(job, row)) continue;
 
     if (row.label < 0) {
       row_without_label<S>(job, group, r, row, job.gradient_step, kGradient, tally);
@@ -33,10 +34,11 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
     // load. Lane 0 starts at a sector of 32 bytes, so that a warp's accesses do: where the first vector is the second half of
     // one, lane 0 has none in its place. The plan takes so few lanes that each has vectors 1 to kSure.
     const Span<S> span(row.logits, job.classes);
-    const int skip = (reinterpret_cast<intptr_t>(row.logits) + span.head * M::kBytes) % 32 != 0 && span.vectors < lanes * N;
+    const int half = (int(reinterpret_cast<intptr_t>(row.logits)) + 15) & 16;  // of the first vector in its sector
+    const int skip = span.vectors < lanes * N ? half / 16 : 0;
     const int count = span.vectors + skip, stride = lanes * 16;
-    const int body = (span.head - skip * V) * M::kBytes + group.lane * 16;
-    const int mine = (count - group.lane + lanes - 1) >> group.shift;
+    const int body = span.head * M::kBytes + (group.lane - skip) * 16;
+    const int mine = (count + lanes - 1 - group.lane) >> group.shift;
     const auto has = [&](int v) { return v == 0 ? group.lane >= skip : v <= kSure || v < mine; };
     const char* from = row.logits + body;
     uint4 raw[N];
@@ -91,6 +93,7 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
       const float y_edge = at.y(z_edge);
       sums.add(y_edge, exp2_approx(y_edge));
     }
+    __builtin_assume(group.size >= 16);
     sums.join_for_first(group);
 
     // finish

@@ -116,7 +116,7 @@ struct Span {
   int head, vectors, tail;
 
   FSL_DEVICE Span(const char* p, int classes) {
-    head = int((-reinterpret_cast<uintptr_t>(p) & 15) / M::kBytes);
+    head = (-unsigned(reinterpret_cast<uintptr_t>(p)) & 15) / M::kBytes;
     vectors = unsigned(classes - head) / unsigned(V);
     tail = unsigned(classes - head) % unsigned(V);
   }

@@ -177,11 +177,11 @@ __global__ void __launch_bounds__(kStreamBlock, 8) spread(const __grid_constant_
   constexpr int V = M::kVector, lanes = 32;
   if (settled(job)) return;
   const Group<float> group(lanes, nullptr);
-  const float scale = mean_scale(job);
+  const float scale = scale_of_all(job);
   const int64_t stride = int64_t(gridDim.x) * group.count;
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += stride) {
     const Row<float> row = locate(job, r);
-    if (job.rescale && row.upstream == 1.f) continue;
+    if (settled(job, row)) continue;
     const Span<S> span(row.logits, job.classes);
     const Part<S> part(span, job.classes);
 
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kStreamBlock, 8) spread(const __grid_constant_
       spread_across<S>(group, row, job.gradient_step, part.from, part.to, at, slope, g.label);
       continue;
     }
-    const int64_t first = span.head * M::kBytes + int64_t(part.mine(group.lane)) * 16;
+    const int64_t first = int64_t(span.head + part.mine(group.lane) * V) * M::kBytes;
     const char* from = row.logits + first;
     char* to = row.gradient + first;
     part.each_turn(group.lane, lanes, [&](int, auto has) {

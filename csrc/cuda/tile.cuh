@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
   const int line_bytes = classes * M::kBytes, rows_at_once = kTileBlock >> group.shift;
   if (settled(job)) return;
   Tally<float> tally{};
-  const float scale = gradient ? mean_scale(job) : 1.f, n = float(classes - 1), inv_n = inverse(n);
+  const float scale = gradient ? scale_of_all(job) : 1.f, n = float(classes - 1), inv_n = inverse(n);
 
   for (int64_t start = int64_t(blockIdx.x) * tile_rows; start < job.rows; start += int64_t(gridDim.x) * tile_rows) {
     const int64_t stop = min(start + tile_rows, job.rows);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         careful_row<S>(job, group, r, row, step, to_step, scale, gradient, tally);
         continue;
       }
-      if (!gradient || (!kStaged && job.rescale && row.upstream == 1.f)) continue;
+      if (!gradient || (!kStaged && settled(job, row))) continue;
 
       // spread
       slope.share(group);

@@ -54,15 +54,15 @@ __global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job,
   write_total(job, blocks);
 }
 
-// What the mean divides by, where it has to be known before the first gradient is written: its terms. The labels are kept,
-// so that they need not be read once more.
+// What the mean divides by, where it has to be known before the first gradient is written: its terms. The labels are kept
+// where there is a place, so that they need not be read once more.
 template <class T>
 __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
   T sum[1] = {0};
 #pragma unroll 4
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
     const int label = label_of(job, r);
-    labels[r] = int16_t(label);
+    if (labels) labels[r] = int16_t(label);
     if (label != kIgnored) sum[0] += Weights<T>(job, r, label).both();
   }
   block_sum(sum);
@@ -121,19 +121,25 @@ struct Tally {
 // Whether the gradient that the forward wrote stands as it is: the question is asked here, so that no host waits for it.
 template <class T>
 FSL_DEVICE bool settled(const Job<T>& job) {
-  return job.rescale && job.one_upstream && *reinterpret_cast<const T*>(job.upstream.data) == T(1);
+  return job.rescale && *job.one_upstream == T(1);
+}
+// And of one row.
+template <class T>
+FSL_DEVICE bool settled(const Job<T>& job, const Row<T>& row) {
+  return job.rescale_rows && row.upstream == T(1);
 }
 
-// What the gradient is multiplied by, the row's own upstream gradient aside: by all threads of a warp.
+// What all gradients are multiplied by: the upstream gradient where it is one, over the mean's divisor. By all threads of a
+// warp.
 template <class T>
-FSL_DEVICE T mean_scale(const Job<T>& job) {
-  if (!job.mean) return T(1);
+FSL_DEVICE T scale_of_all(const Job<T>& job) {
   if (job.shares) {
     T sum = 0;
     for (int i = threadIdx.x % 32; i < job.share_count; i += 32) sum += job.shares[i];
     return T(1) / warp_sum(sum);
   }
-  return job.upstream.data ? T(1) / *job.divisor : T(1);  // a forward without gradient divides at the end
+  if (!job.one_upstream) return T(1);  // a forward without gradient divides at the end
+  return job.mean ? *job.one_upstream / *job.divisor : *job.one_upstream;
 }
 
 }  // namespace cuda
