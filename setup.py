@@ -59,10 +59,10 @@ def cuda_architectures() -> list[str]:
     """
     import torch
 
-    asked = os.environ.get("FASTSOFTLOSS_CUDA_ARCHITECTURES")
-    if asked is None and torch.cuda.is_available():
+    asked = os.environ.get("FASTSOFTLOSS_CUDA_ARCHITECTURES", "").strip()
+    if not asked and torch.cuda.is_available():
         return sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}, key=int)
-    return (EVERY_ARCHITECTURE if asked in (None, "all") else asked).split()
+    return (EVERY_ARCHITECTURE if asked in ("", "all") else asked).split()
 
 
 def extensions() -> list[Extension]:
@@ -136,7 +136,7 @@ def compile_cuda(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        to = folder / f"{source.stem}_cuda.o"
+        to = folder / f"{source.stem}_cuda_{'_'.join(architectures)}.o"
         newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
         if not to.exists() or to.stat().st_mtime < newest:
             command = [f"{cuda_home()}/bin/nvcc", *CUDA_FLAGS, *targets, "-c", str(source), "-o", str(to)]
@@ -154,7 +154,8 @@ def stub_torch_cuda(folder: Path) -> Path:
     source = folder / "stub.c"
     source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 1; }\n")
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(folder / "libtorch_cuda.so")], check=True)
+    if subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(folder / "libtorch_cuda.so")], check=False).returncode:
+        raise CompileError(f"{compiler} failed on {source}")
     return folder
 
 

@@ -120,14 +120,6 @@ class _Rows:
         return self.classes * max(self.class_stride, self.g_class_stride) >= _LIMIT_INT32
 
 
-def _few_row_dims(logits: Tensor) -> Tensor:
-    """The logits, or a contiguous copy where more row dimensions are left than the kernels unfold."""
-    if logits.dim() <= MAX_ROW_DIMS + 1:
-        return logits
-    sizes, _ = collapse(logits.shape[:1] + logits.shape[2:], logits.stride()[:1] + logits.stride()[2:])
-    return logits if len(sizes) <= MAX_ROW_DIMS else logits.contiguous()
-
-
 def _flat(t: Tensor | None) -> tuple[Tensor | None, int]:
     """A tensor of target's shape as one dimension and its stride; a copy only where no one stride describes it."""
     if t is None:
@@ -230,39 +222,43 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dlogits = torch.empty_like(logits) if gradient else logits.new_empty(0)
     moments = logits.new_empty(moments_size, dtype=dtype)
     result = loss, components, dlogits, moments
-    if rows_shape.numel() == 0:
+    if rows_shape.numel() == 0 or (call.form == "probabilities" and logits.numel() == 0):
         for t in (loss, components, moments):
             t.fill_(float("nan") if reduction == _MEAN else 0.0)
         return result
 
-    dz = dlogits if gradient else None
-    call, rows, chosen = _prepare(call, dz)
-    pointers: dict[str, Any] = {"loss_ptr": loss, "parts_ptr": components if parts else None}
+    call, rows, chosen, dz = _prepare(call, dlogits if gradient else None)
     with _on(logits.device):
-        if isinstance(chosen, Plan):
-            if not chosen.resident:
-                _long_forward(call, rows, chosen, moments, pointers)
-                return result
-            if chosen.keeps and moments_size > 1:
-                pointers["saved_ptr"] = moments[1:]
-            launch = functools.partial(_resident, call, rows, chosen, dz, _NOTHING_ABOVE)
-        else:
-            launch = functools.partial(_soft, call, rows, chosen, dz, _NOTHING_ABOVE)
-        if reduction == _NONE:
-            launch(**pointers)
-            return result
-        pointers["partials_ptr"] = logits.new_empty(4 * chosen.programs, dtype=dtype)
-        if reduction == _MEAN and gradient:
-            # the divisor comes first, since every gradient wants it; then the last program to finish sums the loss
-            shares, counter = _shares(call, rows)
-            launch(divisor_ptr=moments, shares_ptr=shares, counter_ptr=counter, **pointers)
-            return result
-        launch(**pointers)
-        divisor = moments if reduction == _MEAN else None
-        finish.total[(1,)](
-            pointers["partials_ptr"], divisor, loss, pointers["parts_ptr"], chosen.programs, REDUCTION=reduction, BLOCK=1024, num_warps=4
-        )
+        _forward(call, rows, chosen, dz, moments, {"loss_ptr": loss, "parts_ptr": components if parts else None})
+    if dz is not None and dz is not dlogits:
+        dlogits.copy_(dz)
     return result
+
+
+def _forward(call: _Call, rows: _Rows, chosen: Plan | SoftPlan, dz: Tensor | None, moments: Tensor, pointers: dict[str, Any]) -> None:
+    if isinstance(chosen, SoftPlan):
+        launch = functools.partial(_soft, call, rows, chosen, dz, _NOTHING_ABOVE)
+    elif not chosen.resident:
+        _long_forward(call, rows, chosen, moments, pointers)
+        return
+    else:
+        if chosen.keeps and moments.numel() > 1:
+            pointers["saved_ptr"] = moments[1:]
+        launch = functools.partial(_resident, call, rows, chosen, dz, _NOTHING_ABOVE)
+    if call.reduction == _NONE:
+        launch(**pointers)
+        return
+    pointers["partials_ptr"] = partials = moments.new_empty(4 * chosen.programs)
+    if call.reduction == _MEAN and dz is not None:
+        # the divisor comes first, since every gradient wants it; then the last program to finish sums the loss
+        shares, counter = _shares(call, rows)
+        launch(divisor_ptr=moments, shares_ptr=shares, counter_ptr=counter, **pointers)
+        return
+    launch(**pointers)
+    divisor = moments if call.reduction == _MEAN else None
+    finish.total[(1,)](
+        partials, divisor, pointers["loss_ptr"], pointers["parts_ptr"], chosen.programs, REDUCTION=call.reduction, BLOCK=1024, num_warps=4
+    )
 
 
 def _shares(call: _Call, rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -326,41 +322,49 @@ def _soft(
     )  # fmt: skip
 
 
-def _prepare(call: _Call, dlogits: Tensor | None, kept: bool = False) -> tuple[_Call, _Rows, Plan | SoftPlan]:
-    """The call with tensors that the kernels can walk, as rows, and the plan for them."""
-    call = call._replace(logits=_few_row_dims(call.logits))
-    if call.form == "index":
-        rows = _Rows(call.logits, dlogits)
-        return call, rows, rows.plan(call.logits, dlogits is not None, kept)
+def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | SoftPlan, Tensor | None]:
+    """The call as rows that the kernels can walk, the plan for them, and where the gradient is written: ``dlogits``, or a
+    contiguous copy, as of all else, where more row dimensions are left than the kernels unfold."""
+    if call.logits.dim() > MAX_ROW_DIMS + 1:
+        # the same decision whether the gradient is wanted or not: the backward finds what the forward has kept
+        like = torch.empty_like(call.logits, device="meta") if dlogits is None else dlogits
+        if len(_Rows(call.logits, like, call.target).sizes) > MAX_ROW_DIMS:
+            dlogits = None if dlogits is None else dlogits.contiguous()
+            target = call.target.contiguous() if call.form == "probabilities" else call.target
+            call = call._replace(logits=call.logits.contiguous(), target=target)
     rows = _Rows(call.logits, dlogits, call.target)
-    if len(rows.sizes) > MAX_ROW_DIMS:  # each by itself is few, both together are not
-        call = call._replace(logits=call.logits.contiguous(), target=call.target.contiguous())
-        rows = _Rows(call.logits, dlogits, call.target)
-    return call, rows, soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device))
+    if call.form == "index":
+        return call, rows, rows.plan(call.logits, dlogits is not None), dlogits
+    return call, rows, soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device)), dlogits
 
 
 def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequence[Any], rescale: bool) -> Tensor:
     call = _Call(*inputs)
     if call.target.numel() == 0 or call.logits.numel() == 0:
         return dlogits
-    call, rows, chosen = _prepare(call, dlogits)
-    divisor = moments if call.reduction == _MEAN else None
+    call, rows, chosen, dz = _prepare(call, dlogits)
+    assert dz is not None
     with _on(dlogits.device):
-        if isinstance(chosen, SoftPlan):
-            _soft(call, rows, chosen, dlogits, _above(upstream), rescale, divisor_ptr=divisor)
-            return dlogits
-        if not chosen.keeps or moments.numel() <= 1:
-            _resident(call, rows, chosen, dlogits, _above(upstream), rescale, divisor_ptr=divisor)
-            return dlogits
-        chosen = rows.plan(call.logits, gradient=True, kept=True)
-        long.spread_rows[(chosen.programs,)](
-            z_ptr=call.logits, g_ptr=dlogits, divisor_ptr=moments, saved_ptr=moments[1:], rows=rows.rows, K=rows.classes,
-            splits=chosen.splits, chunks=chosen.a, smoothing=call.label_smoothing, REDUCTION=call.reduction,
-            DIMS=len(rows.sizes), **rows.arguments(True), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
-            SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector,
-            TILE=chunks_at_a_time(call.logits.element_size()), num_warps=chosen.warps,
-        )  # fmt: skip
-    return dlogits
+        _backward(call, rows, chosen, dz, upstream, moments, rescale)
+    return dlogits if dz is dlogits else dlogits.copy_(dz)
+
+
+def _backward(call: _Call, rows: _Rows, chosen: Plan | SoftPlan, dz: Tensor, upstream: Tensor, moments: Tensor, rescale: bool) -> None:
+    divisor = moments if call.reduction == _MEAN else None
+    if isinstance(chosen, SoftPlan):
+        _soft(call, rows, chosen, dz, _above(upstream), rescale, divisor_ptr=divisor)
+        return
+    if not chosen.keeps or moments.numel() <= 1:
+        _resident(call, rows, chosen, dz, _above(upstream), rescale, divisor_ptr=divisor)
+        return
+    chosen = rows.plan(call.logits, gradient=True, kept=True)
+    long.spread_rows[(chosen.programs,)](
+        z_ptr=call.logits, g_ptr=dz, divisor_ptr=moments, saved_ptr=moments[1:], rows=rows.rows, K=rows.classes,
+        splits=chosen.splits, chunks=chosen.a, smoothing=call.label_smoothing, REDUCTION=call.reduction,
+        DIMS=len(rows.sizes), **rows.arguments(True), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
+        SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector,
+        TILE=chunks_at_a_time(call.logits.element_size()), num_warps=chosen.warps,
+    )  # fmt: skip
 
 
 def backward(upstream: Tensor, moments: Tensor, logits: Tensor, *inputs: Any) -> Tensor:

@@ -82,7 +82,7 @@ def _read_target(
 @triton.jit
 def _of(n, inverse_n, s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
     """``_penalty`` with A itself."""
-    s1 = tl.where(s1 == 0.0, 1.0, s1)
+    s1 = tl.where(n > 1.0, s1, 1.0)  # of one class it may be anything, and has no spread
     inverse_s1 = 1.0 / s1
     div, a, p, e0, g_y = _penalty(n, inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND)
     return div, a * inverse_s1, p, e0, g_y
@@ -266,7 +266,7 @@ def soft(
             ce = tl.where(v_masked == 0.0, ce, inf)
             loss = ce
             pull = v
-            g_hi = v_others - v * s_hi
+            g_hi = tl.where(odds > 1.0, v * p_hi - v_hi, v_others - v * s_hi)  # the one that does not cancel
             if Z_LOSS:
                 slope = 2.0 * _option(z_loss, none) * u * lse
                 loss += 0.5 * slope * lse
@@ -350,8 +350,11 @@ def soft(
             # NaN and +inf make the whole row NaN, as in PyTorch
             on = tl.where((sum1 != sum1) | (z_hi == inf) | (z_hi == -inf), float("nan"), factor)
             if loss_ptr is not None:
-                lost = tl.where(here, tl.where(outside, float("nan"), tl.where(live, on, 0.0)), 0.0)
-                loss, ce, div = loss * lost, ce * lost, div * lost
+                counts = here & live
+                wrong = tl.where(outside, float("nan"), 0.0)
+                loss = tl.where(counts, loss * on, 0.0) + wrong
+                ce = tl.where(counts, ce * on, 0.0) + wrong
+                div = tl.where(counts, div * on, 0.0)
                 if REDUCTION == NONE:
                     _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div)
                 else:

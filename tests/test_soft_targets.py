@@ -124,6 +124,26 @@ def test_the_largest_logits_far_from_the_rest_of_a_long_row(backend, kind):
     check(backend, logits, (torch.tensor([7, 11]), torch.tensor([4400, 7]), 0.3), diversity=kind)
 
 
+@pytest.mark.parametrize("kind", [None, "logit_variance"])
+def test_flat_rows_of_many_classes(backend, kind):
+    """The largest class gets p - t, not 1 - t less 1 - p."""
+    logits, target = torch.randn(2, 2000) * 0.3, (torch.randn(2, 2000) * 0.3).softmax(1)
+    gradients = []
+    for z, t, name in ((logits, target, backend), (logits.double(), target.double(), "reference")):
+        z = z.detach().requires_grad_()
+        gradients.append(torch.autograd.grad(functional.cross_entropy(z, t, diversity=kind, backend=name), z)[0])
+    # the plain formula, which autograd differentiates, has terms near 1
+    near(gradients[0], gradients[1], 1e-3 if backend == "reference" else BOUND[F32], dim=1)
+
+
+@pytest.mark.parametrize("kind", DIVERSITIES)
+@pytest.mark.parametrize("margin", [80.0, 95.0, 110.0])
+def test_two_classes_far_apart(backend, kind, margin):
+    for row in ([0.0, -margin], [0.0, -INF, -margin, -INF]):
+        logits, target = torch.tensor([row]), torch.where(torch.tensor([row]) > -INF, 0.5, 0.0)
+        check(backend, logits, target, diversity=kind)
+
+
 @pytest.mark.parametrize("kind", DIVERSITIES)
 @pytest.mark.parametrize("classes", [5, 150])
 @pytest.mark.parametrize(("margin", "offset"), [(-80.0, 0), (-25.0, 0), (0.0, 0), (3.0, 0), (80.0, 0), (-5.0, 1e4), (25.0, 1e4)])

@@ -106,6 +106,7 @@ def layouts(classes: int) -> Iterator[tuple[str, Tensor]]:
     yield "class crop", noise(4, classes + 5)[:, 3 : classes + 3]
     yield "unaligned start", noise(4 * classes + 1)[1:].view(4, classes)
     yield "expanded", noise(1, classes).expand(4, classes)
+    yield "five row dimensions, permuted", noise(2, 2, 3, classes, 2, 2).permute(5, 3, 1, 0, 4, 2)
     yield "five row dimensions, none of them joined", noise(3, classes, 3, 3, 3, 3)[1:, :, 1:, 1:, 1:, 1:]
 
 

@@ -288,7 +288,9 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
 
   RowGradient<U> g;
   g.a = (v + slope) * exp(max(step, U(-1000))) / all.s1;
-  U dz[2] = {v_others - v * top.s + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
+  // the largest's: whichever difference does not cancel
+  const U own = select(top.s > U(T(0.5)), v * top.p - rows.v_of[0], v_others - v * top.s);
+  U dz[2] = {own + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
   U penalty(0);
   if (o.diversity != Diversity::none) {
     const Penalty<U> most = expected(o, rows, all, r.m);
