@@ -6,8 +6,8 @@ squares about the mean only the largest or the smallest. So these two, ``hi`` an
 rest; their own complements are merged from it, and every other class is left out of the whole. The penalty's gradient is
 that of one RowGradient, the expectation of all, less at class k what k's own has no business giving it.
 
-A program reads its rows [R, B] classes at a time and, where that is not all of them, once more for each step; the rows
-of a program are few enough for a cache to hold them.
+A program reads its rows in tiles [A, R, B], class a * B + b of row r, and where one tile is not the whole row once more for
+each step; the rows of a program are few enough for a cache to hold them.
 """
 
 # ruff: noqa: F821, RUF005, SIM102, SIM109 (see triton_finish)
