@@ -307,10 +307,12 @@ def _finish(
         several = n > 1.0  # nothing to spread among fewer than two classes
         k = tl.where(several, _option(diversity_weight, s1) * w_y, 0.0)
         div, d_a, d_p, d_e0, d_y = _penalty(tl.where(several, n, 1.0), inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND)
-        a += k * d_a
         p = k * d_p
         e0 = k * d_e0
-        g_y += k * d_y
+        if KIND != LOGIT_VARIANCE:  # a product with 0 is not left out by itself
+            a += k * d_a
+        if KIND == VARIANCE:
+            g_y += k * d_y
         div = tl.where(several, div, 0.0) * w_y
         loss += _option(diversity_weight, s1) * div
     a = a * inverse_s1
