@@ -63,9 +63,13 @@ def test_compiles_clean(dtype: str, architecture: str, tmp_path: Path) -> None:
     if disassembler is None or dtype == "float64":  # whose rows go a logit at a time
         return
     sass = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    seen = set()
     for part in re.split(r"\n\.text\.", sass)[1:]:
         name = part.split(":")[0]
         loads, stores = re.search(r"LDG\.E\S*\.128", part), re.search(r"STG\.E\S*\.128", part)
-        writes = "spread" in name or "Lb1EEEv" in name  # the gradient's kernels, and tiles that pass through shared memory
-        if any(kind in name for kind in ("reduce", "spread", "resident")) or ("tile" in name and "Lb1EEEv" in name):
+        staged = re.search(r"4tileI.*ELb1ELb[01]EEEv", name)  # through shared memory, logits and gradient
+        writes = staged or "spread" in name or re.search(r"8residentI.*ELb1EEEv", name)
+        if staged or any(kind in name for kind in ("reduce", "spread", "resident")):
             assert loads and (stores or not writes), name
+            seen.add(next(kind for kind in ("tile", "reduce", "spread", "resident") if kind in name))
+    assert seen == {"tile", "reduce", "spread", "resident"}

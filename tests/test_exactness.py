@@ -91,6 +91,17 @@ def test_a_nearly_flat_complement_far_from_zero(backend, classes):
         assert_promised(logits, target, backend)
 
 
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("diversity", [None, "logit_variance"])
+def test_confident_rows_over_a_wide_complement(backend, classes, diversity):
+    """The gradient's factor of an exponential underflows about a low logit, its product with the exponential does not."""
+    spread = torch.linspace(-30, 0, classes, dtype=torch.float64)
+    logits = torch.stack([spread + top for top in (60.0, 75.0, 80.0)])
+    target = torch.full((3,), classes - 1)
+    logits[:, -1] = logits[:, :-1].logsumexp(1) + torch.tensor([60.0, 75.0, 80.0])
+    assert_promised(logits.float(), target, backend, diversity=diversity)
+
+
 def test_a_gap_of_25(backend):
     logits = torch.zeros(1, 10)
     logits[0, 4] = 25.0

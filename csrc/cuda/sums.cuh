@@ -112,7 +112,7 @@ struct Move {
 template <unsigned Needs>
 struct Slope {
   float a, b, t, e0, e1;
-  bool exact;  // a has not underflowed, so that a product with a large exponential is right
+  bool exact;  // a has not underflowed where a product of it with a large exponential would be seen
 
   Slope() = default;
   FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at) {
@@ -120,7 +120,7 @@ struct Slope {
     a = g.a * f;
     if (Needs & kSquares) t = g.t * f * kLn2, a -= g.t * offset * f, b = g.b * f * f;
     if (Needs & kLogits) e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * offset;
-    exact = fabsf(a) > 1e-36f || g.a == 0.f;
+    exact = fabsf(a) > 1e-36f || fabsf(g.label) < 1e-35f;  // label: what cross-entropy gives all other classes together
   }
   // What the group's first thread has, for all of it.
   FSL_DEVICE void share(const Group<float>& group) {
