@@ -80,7 +80,7 @@ struct Operand {
   const int64_t* strides = nullptr;
   int64_t skip = -1;  // the class dimension, where there is one
   int64_t bytes = 0;
-  fastsoftloss::Strides* out = nullptr;
+  int64_t fastsoftloss::Offsets::* which = nullptr;
 
   int64_t stride(int64_t d) const { return strides[skip >= 0 && d >= skip ? d + 1 : d] * bytes; }
 };
@@ -104,14 +104,14 @@ void set_rows(fastsoftloss::Job<T>& job, const RowSizes& sizes, const Operand* o
     job.rows *= size;
     if (size == 1) continue;
     bool joins = dims > 0;
-    for (int i = 0; i < count; ++i) joins = joins && operands[i].out->of[dims - 1] == operands[i].stride(d) * size;
+    for (int i = 0; i < count; ++i) joins = joins && job.row_step[dims - 1].*operands[i].which == operands[i].stride(d) * size;
     if (!joins) {
       STD_TORCH_CHECK(dims < fastsoftloss::kMaxRowDims, "logits have more than ", fastsoftloss::kMaxRowDims,
                       " dimensions that cannot be joined");
       job.row_size[dims++] = 1;
     }
     job.row_size[dims - 1] *= size;
-    for (int i = 0; i < count; ++i) operands[i].out->of[dims - 1] = operands[i].stride(d);
+    for (int i = 0; i < count; ++i) job.row_step[dims - 1].*operands[i].which = operands[i].stride(d);
   }
   job.row_dims = dims;
 }
@@ -198,24 +198,25 @@ fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Te
   if (job.form != fastsoftloss::Form::index) job.target_step = in.target.stride(two ? 0 : class_dim) * target_bytes;
   job.ignore_index = in.ignore_index;
 
+  using fastsoftloss::Offsets;
   Operand operands[5];
   int count = 0;
-  operands[count++] = {in.logits.strides().data(), class_dim, bytes, &job.logits_rows};
-  operands[count++] = {in.target.strides().data() + two, target_class_dim, target_bytes, &job.target_rows};
+  operands[count++] = {in.logits.strides().data(), class_dim, bytes, &Offsets::logits};
+  operands[count++] = {in.target.strides().data() + two, target_class_dim, target_bytes, &Offsets::target};
   if (gradient) {
     job.gradient = static_cast<char*>(gradient->mutable_data_ptr());
     job.gradient_step = gradient->stride(class_dim) * bytes;
-    operands[count++] = {gradient->strides().data(), class_dim, bytes, &job.gradient_rows};
+    operands[count++] = {gradient->strides().data(), class_dim, bytes, &Offsets::gradient};
   }
   if (in.weight) job.class_weight = static_cast<const T*>(in.weight->const_data_ptr());
   if (in.sample_weight) {
     job.sample_weight = static_cast<const char*>(in.sample_weight->const_data_ptr());
     if (two) job.sample_weight_step = in.sample_weight->stride(0) * int64_t(sizeof(T));
-    operands[count++] = {in.sample_weight->strides().data() + two, -1, sizeof(T), &job.sample_weight_rows};
+    operands[count++] = {in.sample_weight->strides().data() + two, -1, sizeof(T), &Offsets::sample_weight};
   }
   if (upstream && upstream->dim() > 0) {
     job.upstream = static_cast<const char*>(upstream->const_data_ptr());
-    operands[count++] = {upstream->strides().data(), -1, sizeof(T), &job.upstream_rows};
+    operands[count++] = {upstream->strides().data(), -1, sizeof(T), &Offsets::upstream};
   }
   set_rows(job, rows, operands, count);
 

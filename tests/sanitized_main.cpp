@@ -70,10 +70,10 @@ void check(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t cla
 
   Job<T> job;
   job.rows = rows, job.classes = classes, job.row_dims = 1, job.row_size[0] = rows, job.storage = storage;
-  job.logits = logits.get(), job.logits_rows.of[0] = at.row * bytes, job.logits_step = at.step * bytes;
-  job.gradient = gradient.get(), job.gradient_rows = job.logits_rows, job.gradient_step = job.logits_step;
-  job.target = reinterpret_cast<const char*>(target.get()), job.target_rows.of[0] = 8;
-  job.sample_weight = reinterpret_cast<const char*>(sample_weight.get()), job.sample_weight_rows.of[0] = sizeof(T);
+  job.logits = logits.get(), job.row_step[0].logits = at.row * bytes, job.logits_step = at.step * bytes;
+  job.gradient = gradient.get(), job.row_step[0].gradient = job.row_step[0].logits, job.gradient_step = job.logits_step;
+  job.target = reinterpret_cast<const char*>(target.get()), job.row_step[0].target = 8;
+  job.sample_weight = reinterpret_cast<const char*>(sample_weight.get()), job.row_step[0].sample_weight = sizeof(T);
   if (weighted) job.class_weight = class_weight.get();
   for (int i = 0; i < 3; ++i) job.row_losses[i] = losses[i].get();
   LossOptions& o = job.options;
@@ -141,12 +141,13 @@ std::vector<double> run_form(Form form, const T* logits, int64_t rows, int64_t c
   Job<T> job;
   job.rows = rows, job.classes = classes, job.row_dims = 1, job.row_size[0] = rows;
   job.storage = job.target_storage = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
-  job.logits = reinterpret_cast<const char*>(logits), job.logits_rows.of[0] = classes * sizeof(T), job.logits_step = sizeof(T);
-  job.gradient = reinterpret_cast<char*>(gradient.get()), job.gradient_rows = job.logits_rows, job.gradient_step = job.logits_step;
-  job.form = form, job.target = static_cast<const char*>(target), job.target_rows.of[0] = 8;
-  job.sample_weight = reinterpret_cast<const char*>(sample_weight), job.sample_weight_rows.of[0] = sizeof(T);
+  job.logits = reinterpret_cast<const char*>(logits), job.row_step[0].logits = classes * sizeof(T), job.logits_step = sizeof(T);
+  job.gradient = reinterpret_cast<char*>(gradient.get()), job.row_step[0].gradient = job.row_step[0].logits,
+  job.gradient_step = job.logits_step;
+  job.form = form, job.target = static_cast<const char*>(target), job.row_step[0].target = 8;
+  job.sample_weight = reinterpret_cast<const char*>(sample_weight), job.row_step[0].sample_weight = sizeof(T);
   if (form == Form::mixture) job.target_step = rows * 8, job.sample_weight_step = rows * sizeof(T);
-  if (form == Form::probabilities) job.target_rows = job.logits_rows, job.target_step = sizeof(T);
+  if (form == Form::probabilities) job.row_step[0].target = job.row_step[0].logits, job.target_step = sizeof(T);
   job.options.diversity = diversity, job.options.diversity_weight = 0.5, job.options.z_loss = 0.01;
   job.options.classes = job.options.class_weight_sum = double(classes);
   if (scan_targets(job, serial).outside >= 0) std::abort();

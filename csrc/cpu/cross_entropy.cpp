@@ -102,6 +102,27 @@ LossSums<T> run_long_rows(const Job<T>& job, ParallelFor parallel_for) {
   return total(sums);
 }
 
+template <bool kPlain, class T>
+TargetScan<T> scan_rows(const Job<T>& job, int64_t begin, int64_t end) {
+  TargetScan<T> scan;
+  int64_t ones = 0;  // weights that need no sum of doubles
+  Walk<T> walk(job, begin);
+  for (int64_t r = begin; r < end; ++r, walk.next()) {
+    const Row<T> row = locate<kPlain>(job, walk.at);
+    if (row.label == kIgnored) continue;
+    if (job.form != Form::probabilities && (row.label < 0 || row.label >= job.classes)) {
+      if (scan.outside < 0) scan.outside = r;
+    } else if (kPlain) {
+      ++ones;
+    } else {
+      scan.weight += double(row.class_weight) * double(row.row_weight);
+      if (row.other >= 0) scan.weight += double(row.other_class_weight) * double(row.other_row_weight);
+    }
+  }
+  scan.weight += double(ones);
+  return scan;
+}
+
 }  // namespace
 
 template <class T>
@@ -110,18 +131,10 @@ TargetScan<T> scan_targets(const Job<T>& job, ParallelFor parallel_for) {
   const int64_t count = (job.rows + kRows - 1) / kRows;
   std::vector<TargetScan<T>> blocks(count);
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      for (int64_t r = block * kRows; r < std::min((block + 1) * kRows, job.rows); ++r) {
-        TargetScan<T>& scan = blocks[block];
-        const Row<T> row = locate(job, r);
-        if (row.label == kIgnored) continue;
-        if (job.form != Form::probabilities && (row.label < 0 || row.label >= job.classes)) {
-          if (scan.outside < 0) scan.outside = r;
-          continue;
-        }
-        scan.weight += double(row.class_weight) * double(row.row_weight);
-        if (row.other >= 0) scan.weight += double(row.other_class_weight) * double(row.other_row_weight);
-      }
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kRows, last = std::min(first + kRows, job.rows);
+      blocks[block] = job.plain() ? scan_rows<true>(job, first, last) : scan_rows<false>(job, first, last);
+    }
   };
   parallel(parallel_for, count, 4, body);
   TargetScan<T> whole;

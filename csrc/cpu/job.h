@@ -10,9 +10,14 @@ namespace fastsoftloss {
 
 constexpr int kMaxRowDims = 8;
 
-// One operand's place for row r; strides in bytes, 0 where the operand is a single value.
-struct Strides {
-  int64_t of[kMaxRowDims] = {};
+// Bytes from where the operands start, or from one row to the next: 0 for an operand that is a single value.
+struct Offsets {
+  int64_t logits = 0, gradient = 0, target = 0, sample_weight = 0, upstream = 0;
+
+  FSL_FN void add(const Offsets& o, int64_t times = 1) {
+    logits += o.logits * times, gradient += o.gradient * times, target += o.target * times;
+    sample_weight += o.sample_weight * times, upstream += o.upstream * times;
+  }
 };
 
 // What a row's target is: a class, two classes with a weight each, or a probability for each class.
@@ -23,33 +28,32 @@ struct Job {
   int64_t rows = 0, classes = 0;
   int row_dims = 0;
   int64_t row_size[kMaxRowDims] = {};
+  Offsets row_step[kMaxRowDims];
 
   Storage storage = Storage::float32;
   const char* logits = nullptr;
-  Strides logits_rows;
   int64_t logits_step = 0;  // bytes between classes
 
   char* gradient = nullptr;  // null where none is wanted
-  Strides gradient_rows;
   int64_t gradient_step = 0;
 
   Form form = Form::index;
   const char* target = nullptr;
-  bool wide_target = true;                    // int64, else int32
-  Storage target_storage = Storage::float32;  // of probabilities
-  Strides target_rows;
+  bool wide_target = true;                          // int64, else int32
+  Storage target_storage = Storage::float32;        // of probabilities
   int64_t target_step = 0, sample_weight_step = 0;  // bytes between a mixture's labels, and between probabilities
   int64_t ignore_index = -100;
 
   const T* class_weight = nullptr;      // (K,) or null
   const char* sample_weight = nullptr;  // T or null
-  Strides sample_weight_rows;
-  const char* upstream = nullptr;  // T or null for 1
-  Strides upstream_rows;
-  T scale = 1;  // 1 over the mean's divisor
+  const char* upstream = nullptr;       // T or null for 1
+  T scale = 1;                          // 1 over the mean's divisor
 
   LossOptions options;
   T* row_losses[3] = {};  // (rows,) each or null: loss, cross-entropy, diversity
+
+  // Whether a row is its logits and a label, and nothing is weighted.
+  FSL_FN bool plain() const { return form == Form::index && !class_weight && !sample_weight && !upstream; }
 };
 
 template <class T>
@@ -57,7 +61,7 @@ struct LossSums {
   double of[3] = {};
 };
 
-constexpr int64_t kIgnored = INT64_MIN;
+constexpr int64_t kIgnored = -2;  // -1 is every other label below 0
 
 // What a row is besides its logits.
 template <class T>
@@ -96,32 +100,64 @@ FSL_FN void locate_other(const Job<T>& job, const char* target, const char* samp
   }
 }
 
+// A walk over the rows, which takes a division for where it starts and none after that.
 template <class T>
-FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
-  int64_t logits = 0, gradient = 0, target = 0, sample_weight = 0, upstream = 0;
-  for (int d = job.row_dims - 1; d >= 0; --d) {
-    const int64_t i = d == 0 ? r : r % job.row_size[d];
-    if (d > 0) r /= job.row_size[d];
-    logits += i * job.logits_rows.of[d];
-    gradient += i * job.gradient_rows.of[d];
-    target += i * job.target_rows.of[d];
-    sample_weight += i * job.sample_weight_rows.of[d];
-    upstream += i * job.upstream_rows.of[d];
+struct Walk {
+  const Job<T>* job;
+  Offsets at, step;
+  int64_t index[kMaxRowDims], left = INT64_MAX;  // left: rows to the end of the last dimension
+
+  FSL_FN Walk(const Job<T>& job, int64_t r) : job(&job) {
+    const int last = job.row_dims - 1;
+    for (int d = last; d >= 0; --d) {
+      index[d] = d == 0 ? r : r % job.row_size[d];
+      if (d > 0) r /= job.row_size[d];
+      at.add(job.row_step[d], index[d]);
+    }
+    if (last >= 0) step = job.row_step[last];
+    if (last > 0) left = job.row_size[last] - index[last];
   }
+  FSL_FN void next() {
+    at.add(step);
+    if (--left == 0) carry();
+  }
+
+ private:
+  void carry() {
+    int d = job->row_dims - 1;
+    left = index[d] = job->row_size[d];
+    while (d > 0 && index[d] == job->row_size[d]) {
+      at.add(job->row_step[d], -job->row_size[d]);
+      index[d--] = 0;
+      at.add(job->row_step[d]);
+      ++index[d];
+    }
+  }
+};
+
+// kPlain: the caller knows that the job is plain().
+template <bool kPlain = false, class T>
+FSL_FN Row<T> locate(const Job<T>& job, const Offsets& at) {
   Row<T> row;
-  row.logits = job.logits + logits;
-  row.gradient = job.gradient + gradient;
-  if (job.form == Form::probabilities) {
-    row.probabilities = job.target + target;
+  row.logits = job.logits + at.logits;
+  row.gradient = job.gradient + at.gradient;
+  row.row_weight = T(1), row.scale = job.scale;
+  if (!kPlain && job.form == Form::probabilities) {
+    row.probabilities = job.target + at.target;
     row.label = 0, row.class_weight = T(1);
   } else {
-    row.label = label_at(job, job.target + target);
-    row.class_weight = class_weight_of(job, row.label);
+    row.label = label_at(job, job.target + at.target);
+    row.class_weight = kPlain ? T(1) : class_weight_of(job, row.label);
   }
-  row.row_weight = job.sample_weight ? *reinterpret_cast<const T*>(job.sample_weight + sample_weight) : T(1);
-  row.scale = job.upstream ? job.scale * *reinterpret_cast<const T*>(job.upstream + upstream) : job.scale;
-  if (job.form == Form::mixture) locate_other(job, job.target + target, job.sample_weight + sample_weight, row);
+  if (kPlain) return row;
+  if (job.sample_weight) row.row_weight = *reinterpret_cast<const T*>(job.sample_weight + at.sample_weight);
+  if (job.upstream) row.scale *= *reinterpret_cast<const T*>(job.upstream + at.upstream);
+  if (job.form == Form::mixture) locate_other(job, job.target + at.target, job.sample_weight + at.sample_weight, row);
   return row;
+}
+template <class T>
+FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
+  return locate(job, Walk<T>(job, r).at);
 }
 
 }  // namespace fastsoftloss

@@ -303,169 +303,201 @@ struct Tile {
   using V = Vec<T>;
   static constexpr int kLanes = V::kLanes;
   const Job<T>& job;
-  Row<T> row[kLanes];
-  int valid;
+  const int valid;  // lanes that have a row of their own: the others repeat the first
+  const char *logits[kLanes], *probabilities[kLanes];
+  char* gradient[kLanes];
+  int64_t label[kLanes], other[kLanes];  // below 0: the row is ignored, or has no second label; other: mixtures have it
+  T class_weight[kLanes], row_weight[kLanes], scale[kLanes], other_class_weight[kLanes], other_row_weight[kLanes];
+  T counts[kLanes];  // 1 where the lane has a row that is not ignored, else 0
 
-  FSL_FN Tile(const Job<T>& job, int64_t begin, int64_t end) : job(job), valid(int(end - begin)) {
-    for (int lane = 0; lane < kLanes; ++lane) row[lane] = lane < valid ? locate(job, begin + lane) : row[0];
+  // From the walk's row on, which is left behind the tile.
+  FSL_FN Tile(Walk<T>& walk, int64_t rows) : job(*walk.job), valid(int(min_of<int64_t>(rows, kLanes))) {
+    const Offsets first = walk.at;
+    job.plain() ? set_lanes<true>(walk) : set_lanes<false>(walk);
+    for (int lane = valid; lane < kLanes; ++lane) set<false>(lane, first), counts[lane] = T(0);
   }
-  // The true classes, counted from class k on, as far as a tile's classes go; below 0 where a row is ignored, or has no other.
-  FSL_FN V labels(int64_t k, int64_t Row<T>::* which = &Row<T>::label) const {
-    T label[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t y = row[lane].*which;
-      label[lane] = y < 0 ? T(-1) : T(y < k || y >= k + kTileClasses ? kTileClasses : y - k);
-    }
-    return V::load(label);
-  }
-  // Each row's logit of one of its labels.
-  FSL_FN V logits_at(int64_t Row<T>::* which) const {
-    T lanes[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t y = row[lane].*which;
-      lanes[lane] = y >= 0 ? load_one<T>(row[lane].logits + y * job.logits_step, job.storage) : T(0);
-    }
-    return V::load(lanes);
-  }
-  // What each row has one of.
-  FSL_FN V each(T Row<T>::* which) const {
-    T lanes[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = row[lane].*which;
-    return V::load(lanes);
-  }
-  FSL_FN void load(int64_t k, int count, T (*z)[kLanes]) const { load(&Row<T>::logits, job.storage, job.logits_step, k, count, z); }
   // Classes [k, k + count) of the logits, or of the probabilities, into z, a vector each.
-  FSL_LOOP void load(const char* Row<T>::* from, Storage storage, int64_t step, int64_t k, int count, T (*z)[kLanes]) const {
+  FSL_LOOP void load(const char* const (&from)[kLanes], Storage storage, int64_t step, int64_t k, int count, T (*z)[kLanes]) const {
     const int64_t bytes = bytes_of(storage);
-    if (run(from, bytes)) {
-      for (int i = 0; i < count; ++i) load_contiguous(row[0].*from + (k + i) * step, storage, kLanes, z[i]);
+    if (lie_apart(from, bytes)) {
+      for (int i = 0; i < count; ++i) load_contiguous(from[0] + (k + i) * step, storage, kLanes, z[i]);
     } else if (step == bytes) {
-      T buffer[kLanes][kTileClasses];
+      T buffer[kLanes * kTileClasses];
       const T* line[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        line[lane] = reinterpret_cast<const T*>(row[lane].*from) + k;
-        if (!holds<T>(storage)) load_contiguous(row[lane].*from + k * bytes, storage, count, buffer[lane]), line[lane] = buffer[lane];
+      if (holds<T>(storage)) {
+        for (int lane = 0; lane < kLanes; ++lane) line[lane] = reinterpret_cast<const T*>(from[lane]) + k;
+      } else {
+        for (int lane = 0; lane < kLanes; ++lane) line[lane] = buffer + lane * count;
+        if (count == job.classes && lie_apart(from, count * bytes)) {
+          load_contiguous(from[0], storage, kLanes * count, buffer);
+        } else {
+          for (int lane = 0; lane < kLanes; ++lane) load_contiguous(from[lane] + k * bytes, storage, count, buffer + lane * count);
+        }
       }
       load_columns(line, count, z);
     } else {
       for (int i = 0; i < count; ++i)
-        for (int lane = 0; lane < kLanes; ++lane) z[i][lane] = load_one<T>(row[lane].*from + (k + i) * step, storage);
+        for (int lane = 0; lane < kLanes; ++lane) z[i][lane] = load_one<T>(from[lane] + (k + i) * step, storage);
     }
   }
+  FSL_FN void load(int64_t k, int count, T (*z)[kLanes]) const { load(logits, job.storage, job.logits_step, k, count, z); }
   FSL_LOOP void store(int64_t k, int count, const T (*dz)[kLanes]) const {
     const int64_t bytes = bytes_of(job.storage);
-    if (run(&Row<T>::gradient, bytes)) {
-      for (int i = 0; i < count; ++i) store_contiguous(dz[i], job.storage, kLanes, row[0].gradient + (k + i) * job.gradient_step);
+    if (lie_apart(gradient, bytes)) {
+      for (int i = 0; i < count; ++i) store_contiguous(dz[i], job.storage, kLanes, gradient[0] + (k + i) * job.gradient_step);
     } else if (job.gradient_step == bytes) {
-      T buffer[kLanes][kTileClasses];
+      T buffer[kLanes * kTileClasses];
       T* line[kLanes];
+      const bool direct = holds<T>(job.storage);
       for (int lane = 0; lane < kLanes; ++lane)
-        line[lane] = holds<T>(job.storage) && lane < valid ? reinterpret_cast<T*>(row[lane].gradient) + k : buffer[lane];
+        line[lane] = direct && lane < valid ? reinterpret_cast<T*>(gradient[lane]) + k : buffer + lane * count;
       store_columns(dz, count, line);
-      if (!holds<T>(job.storage))
-        for (int lane = 0; lane < valid; ++lane) store_contiguous(buffer[lane], job.storage, count, row[lane].gradient + k * bytes);
+      if (direct) return;
+      if (count == job.classes && lie_apart(gradient, count * bytes)) {
+        store_contiguous(buffer, job.storage, kLanes * count, gradient[0]);
+      } else {
+        for (int lane = 0; lane < valid; ++lane) store_contiguous(buffer + lane * count, job.storage, count, gradient[lane] + k * bytes);
+      }
     } else {
       for (int i = 0; i < count; ++i)
-        for (int lane = 0; lane < valid; ++lane) store_one(dz[i][lane], job.storage, row[lane].gradient + (k + i) * job.gradient_step);
+        for (int lane = 0; lane < valid; ++lane) store_one(dz[i][lane], job.storage, gradient[lane] + (k + i) * job.gradient_step);
     }
   }
   FSL_LOOP void record(int64_t begin, V loss, V cross_entropy, V diversity, LossSums<T>* sums) const {
     const V values[3] = {loss, cross_entropy, diversity};
     for (int i = 0; i < 3; ++i) {
       T lanes[kLanes];
-      values[i].store(lanes);
-      double sum = 0;
-      for (int lane = 0; lane < valid; ++lane) sum += lanes[lane];
-      sums->of[i] += sum;
+      double sum[kLanes];
+      select(V::load(counts) > V(0), values[i], V(0)).store(lanes);
+      for (int lane = 0; lane < kLanes; ++lane) sum[lane] = lanes[lane];
+      for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) sum[lane] += sum[lane + width];
+      sums->of[i] += sum[0];
       if (job.row_losses[i]) memcpy(job.row_losses[i] + begin, lanes, valid * sizeof(T));
     }
   }
 
  private:
-  // The lanes lie side by side in memory.
+  template <bool kPlain>
+  FSL_FN void set_lanes(Walk<T>& walk) {
+    if (kPlain) {
+      V(1).store(class_weight), V(1).store(row_weight), V(job.scale).store(scale);
+    }
+    Walk<T> at = walk;  // a copy that no store can change
+    for (int lane = 0; lane < valid; ++lane, at.next()) set<kPlain>(lane, at.at);
+    walk = at;
+  }
+  template <bool kPlain>
+  FSL_FN void set(int lane, const Offsets& at) {
+    const Row<T> row = locate<kPlain>(job, at);
+    logits[lane] = row.logits, gradient[lane] = row.gradient;
+    label[lane] = row.label, counts[lane] = T(row.label >= 0);
+    if (kPlain) return;
+    probabilities[lane] = row.probabilities, other[lane] = row.other;
+    class_weight[lane] = row.class_weight, row_weight[lane] = row.row_weight, scale[lane] = row.scale;
+    other_class_weight[lane] = row.other_class_weight, other_row_weight[lane] = row.other_row_weight;
+  }
+  // Whether the rows, no two of them the same, lie this many bytes apart.
   template <class P>
-  FSL_FN bool run(P* Row<T>::* which, int64_t bytes) const {
+  FSL_FN bool lie_apart(P* const (&which)[kLanes], int64_t bytes) const {
     bool all = valid == kLanes;
-    for (int lane = 1; lane < kLanes; ++lane) all &= row[lane].*which == row[0].*which + lane * bytes;
+    for (int lane = 1; lane < kLanes; ++lane) all &= which[lane] == which[0] + lane * bytes;
     return all;
   }
 };
 
-// A mixture's second labels: -inf in z, as the first ones become in reduce.
-template <class T>
-FSL_LOOP void take_out(const Tile<T>& tile, int64_t k, int count, T (*z)[Vec<T>::kLanes]) {
-  for (int lane = 0; lane < Vec<T>::kLanes; ++lane) {
-    const int64_t y = tile.row[lane].other;
-    if (y >= k && y < k + count) z[y - k][lane] = -Limits<T>::infinity();
+// Labels among classes [k, k + count): their logits go to `out`, and -inf, which is what a class that is not there looks like, to z.
+template <class T, int kLanes>
+FSL_LOOP void take_out(const int64_t (&label)[kLanes], int64_t k, int count, T (*z)[kLanes], T (&out)[kLanes]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t i = label[lane] - k;
+    if (i >= 0 && i < count) out[lane] = z[i][lane], z[i][lane] = -Limits<T>::infinity();
+  }
+}
+template <class T, int kLanes>
+FSL_LOOP void put_in(const int64_t (&label)[kLanes], int64_t k, int count, Vec<T> values, T (*dz)[kLanes]) {
+  T lanes[kLanes];
+  values.store(lanes);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t i = label[lane] - k;
+    if (i >= 0 && i < count) dz[i][lane] = lanes[lane];
   }
 }
 
 // finish for lanes of which some have a second label.
 template <class T>
-FSL_FN RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const RowLoss<Vec<T>>& single) {
+FSL_LOOP RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const Vec<T> (&z)[2],
+                                         const RowLoss<Vec<T>>& single) {
   using V = Vec<T>;
-  const V z[2] = {tile.logits_at(&Row<T>::label), tile.logits_at(&Row<T>::other)};
-  const V class_weight[2] = {tile.each(&Row<T>::class_weight), tile.each(&Row<T>::other_class_weight)};
-  const V row_weight[2] = {tile.each(&Row<T>::row_weight), tile.each(&Row<T>::other_row_weight)};
-  RowLoss<V> both = finish_labels(rest, z, class_weight, row_weight, tile.each(&Row<T>::scale), tile.job.options);
-  const auto mixed = V(T(-1)) < tile.labels(0, &Row<T>::other);
+  const V class_weight[2] = {V::load(tile.class_weight), V::load(tile.other_class_weight)};
+  const V row_weight[2] = {V::load(tile.row_weight), V::load(tile.other_row_weight)};
+  RowLoss<V> both = finish_labels(rest, z, class_weight, row_weight, V::load(tile.scale), tile.job.options);
+  T has_other[V::kLanes];
+  for (int lane = 0; lane < V::kLanes; ++lane) has_other[lane] = T(tile.other[lane] >= 0);
+  const auto mixed = V::load(has_other) > V(0);
   V* const to = &both.loss;
   const V* const from = &single.loss;
   for (size_t i = 0; i < sizeof(both) / sizeof(V); ++i) to[i] = select(mixed, to[i], from[i]);
   return both;
 }
 
-// reduce: a row a lane; the true class, where it is one of these, becomes -inf in z.
+// reduce: a row a lane, the labels taken out.
 template <class T, unsigned Needs>
-FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, Vec<T> label, int count, T (*z)[Vec<T>::kLanes], T (*exps)[Vec<T>::kLanes]) {
+FSL_LOOP RowMoments<Vec<T>> reduce(const T* weight, int count, const T (*z)[Vec<T>::kLanes], T (*exps)[Vec<T>::kLanes]) {
   using V = Vec<T>;
   Accumulator<T, Needs> acc;
-  for (int i = 0; i < count; ++i) {
-    const V zi = select(label == V(T(i)), V(-Limits<T>::infinity()), V::load(z[i]));
-    zi.store(z[i]);
-    acc.look(zi);
-  }
+  for (int i = 0; i < count; ++i) acc.look(V::load(z[i]));
   const V at = select(acc.m == V(-Limits<T>::infinity()), V(0), acc.m);
   acc.shift = Needs & kLogits ? acc.total / max(acc.n, V(1)) - at : V(0);
   for (int i = 0; i < count; ++i) acc.add(V::load(z[i]), at, V(Needs & kWeighted ? weight[i] : T(0))).store(exps[i]);
   return moments<Needs>(acc, acc.n, acc.m, acc.shift, [](V lanes) { return lanes; });
 }
 
+// spread: over z itself. exps: what reduce kept, or null.
 template <class T, unsigned Needs>
-void one_tile(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) {
+FSL_LOOP void spread(const T* weight, const RowGradient<Vec<T>>& gradient, Vec<T> m, int count, const T (*exps)[Vec<T>::kLanes],
+                     T (*z)[Vec<T>::kLanes]) {
+  using V = Vec<T>;
+  const RowGradient<V> g = gradient;  // by value: what is stored is none of it
+  for (int i = 0; i < count; ++i) {
+    const V zi = V::load(z[i]), x = zi - m, e = exps ? V::load(exps[i]) : exp(x);
+    slope<Needs>(g, zi, x, e, V(Needs & kWeighted ? weight[i] : T(0))).store(z[i]);
+  }
+}
+
+template <class T, unsigned Needs>
+void one_tile(Walk<T>& walk, int64_t begin, int64_t end, LossSums<T>* sums) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
-  const Tile<T> tile(job, begin, end);
-  alignas(64) T z[kTileClasses][kLanes], exps[kTileClasses][kLanes];
-  const bool one_look = job.classes <= kTileClasses;
-  RowMoments<V> whole;
-  for (int64_t k = 0; k < job.classes; k += kTileClasses) {
+  const Job<T>& job = *walk.job;
+  const Tile<T> tile(walk, end - begin);
+  const bool one_look = job.classes <= kTileClasses, mixture = job.form == Form::mixture;
+  alignas(64) T z[kTileClasses][kLanes], exps[kTileClasses][kLanes], z_of[2][kLanes];
+  for (T(&lanes)[kLanes] : z_of) V(0).store(lanes);
+  const auto look = [&](int64_t k) {
     const int count = int(min_of(job.classes - k, kTileClasses));
     tile.load(k, count, z);
-    if (job.form == Form::mixture) take_out(tile, k, count, z);
-    const auto part = reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, tile.labels(k), count, z, exps);
-    whole = k ? merge<Needs>(whole, part) : part;
-  }
+    take_out(tile.label, k, count, z, z_of[0]);
+    if (mixture) take_out(tile.other, k, count, z, z_of[1]);
+    return reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, count, z, exps);
+  };
+  RowMoments<V> whole = look(0);
+  for (int64_t k = kTileClasses; k < job.classes; k += kTileClasses) whole = merge<Needs>(whole, look(k));
 
-  RowLoss<V> loss = finish_label(whole, tile.logits_at(&Row<T>::label), tile.each(&Row<T>::class_weight), tile.each(&Row<T>::row_weight),
-                                 tile.each(&Row<T>::scale), job.options);
-  if (job.form == Form::mixture) loss = finish_mixtures(tile, whole, loss);
-  const auto counts = V(T(-1)) < tile.labels(0);
-  tile.record(begin, select(counts, loss.loss, V(0)), select(counts, loss.cross_entropy, V(0)), select(counts, loss.diversity, V(0)), sums);
+  const V z_y[2] = {V::load(z_of[0]), V::load(z_of[1])};
+  RowLoss<V> loss = finish_label(whole, z_y[0], V::load(tile.class_weight), V::load(tile.row_weight), V::load(tile.scale), job.options);
+  if (mixture) loss = finish_mixtures(tile, whole, z_y, loss);
+  tile.record(begin, loss.loss, loss.cross_entropy, loss.diversity, sums);
   if (!job.gradient) return;
 
   for (int64_t k = 0; k < job.classes; k += kTileClasses) {
     const int count = int(min_of(job.classes - k, kTileClasses));
-    const V label = tile.labels(k);
     if (!one_look) tile.load(k, count, z);
-    const V other = job.form == Form::mixture ? tile.labels(k, &Row<T>::other) : V(T(-1));
-    for (int i = 0; i < count; ++i) {
-      const V zi = V::load(z[i]), x = zi - whole.m, e = one_look ? V::load(exps[i]) : exp(x);
-      const V w(Needs & kWeighted ? job.class_weight[k + i] : T(0));
-      V dz = select(label == V(T(i)), loss.gradient.label, slope<Needs>(loss.gradient, zi, x, e, w));
-      if (job.form == Form::mixture) dz = select(other == V(T(i)), loss.gradient.other, dz);
-      select(counts, dz, V(0)).store(z[i]);
-    }
+    spread<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, loss.gradient, whole.m, count, one_look ? exps : nullptr, z);
+    put_in(tile.label, k, count, loss.gradient.label, z);
+    if (mixture) put_in(tile.other, k, count, loss.gradient.other, z);
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 0; tile.label[lane] < 0 && i < count; ++i) z[i][lane] = 0;
     tile.store(k, count, z);
   }
 }
@@ -476,7 +508,8 @@ void rows(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* sums) {
     alignas(64) T exps[kRowLimit<T> + kBlock];
     for (int64_t r = begin; r < end; ++r) one_row<T, Needs>(job, r, exps, sums);
   } else {
-    for (int64_t r = begin; r < end; r += Vec<T>::kLanes) one_tile<T, Needs>(job, r, min_of(r + Vec<T>::kLanes, end), sums);
+    Walk<T> walk(job, begin);
+    for (int64_t r = begin; r < end; r += Vec<T>::kLanes) one_tile<T, Needs>(walk, r, end, sums);
   }
 }
 

@@ -127,13 +127,13 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
   const Job<T>& job = tile.job;
   const int count = int(to.steps);
   tile.load(0, count, reinterpret_cast<T(*)[V::kLanes]>(to.z));
-  tile.load(&Row<T>::probabilities, job.target_storage, job.target_step, 0, count, reinterpret_cast<T(*)[V::kLanes]>(to.u));
+  tile.load(tile.probabilities, job.target_storage, job.target_step, 0, count, reinterpret_cast<T(*)[V::kLanes]>(to.u));
 
   const Ends<T> found = ends<kBoth>(to.z, to.steps);
   const V none(-1), inf(Limits<T>::infinity());
   const auto bad = (V(0) < found.bad) | (found.most == inf) | (found.most == V(0) - inf);
   const V poison = select(bad, V(Limits<T>::quiet_NaN()), V(1));
-  to.weight = tile.each(&Row<T>::row_weight) * poison, to.scale = tile.each(&Row<T>::scale) * to.weight;
+  to.weight = V::load(tile.row_weight) * poison, to.scale = V::load(tile.scale) * to.weight;
   extreme[0] = select(bad, V(0), found.first);
   extreme[1] = kBoth ? select(bad | (found.first == found.last), none, found.last) : none;
   const T keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
@@ -371,10 +371,11 @@ void probabilities(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* s
   const int64_t steps = tiles ? job.classes : (job.classes + kLanes - 1) / kLanes;
   T* const memory = new T[4 * steps * kLanes];
   const int64_t stride = tiles ? kLanes : 1;
+  Walk<T> walk(job, begin);
   for (int64_t r = begin; r < end; r += stride) {
     const Row<T> next = locate(job, r + stride < end ? r + stride : r);
     if (tiles) {
-      const Tile<T> tile(job, r, min_of(r + kLanes, end));
+      const Tile<T> tile(walk, end - r);
       ProbabilityRows<T, V> rows(memory, steps);
       V extreme[2];
       read<kBoth>(tile, rows, extreme);
