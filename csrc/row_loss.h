@@ -112,7 +112,7 @@ FSL_FN Margin<T> margin(const RowMoments<T>& r, T z_y) {
   out.p = own * share;
   const T v = select(wrong, one, others);  // where it is near 0, 1 + v has lost it
   out.d = d;
-  out.log_both = select(v > T(kNearZero), log(both), log1p_near_zero(v));
+  out.log_both = log_of_sum(both, v);
   out.ce = out.log_both + select(wrong, d, zero);  // softplus(delta)
   return out;
 }
@@ -131,7 +131,7 @@ FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, const Margin<T>& y, T facto
   T& penalty = out.value;
   RowGradient<T>& g = out.gradient;
   if (o.diversity == Diversity::none) return out;
-  const T n = max(r.n, one), inv_n = one / n, inv_s1 = y.inv_s1, s = y.s, p = y.p;
+  const T n = max(r.n, one), inv_n = inverse(n), inv_s1 = y.inv_s1, s = y.s, p = y.p;
   const T weight = select(r.n > one, T(o.diversity_weight), zero) * factor;  // one class has no spread
   switch (o.diversity) {
     case Diversity::logit_variance:
@@ -178,17 +178,13 @@ FSL_FN Penalty<T> penalty_of(const RowMoments<T>& r, const Margin<T>& y, T facto
   return out;
 }
 
-// z_y: the true class's logit. class_weight: w_y. row_weight: the row's sample weight. scale: what the gradient is
-// multiplied by besides, the upstream gradient over the mean's divisor.
+// y: how the true class stands against its complement r. z_y: its logit. class_weight: w_y. row_weight: the row's sample weight.
+// scale: what the gradient is multiplied by besides, the upstream gradient over the mean's divisor.
 template <class T, class Real>
-FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const Options<Real>& o) {
+FSL_FN RowLoss<T> finish(const RowMoments<T>& r, const Margin<T>& y, T z_y, T class_weight, T row_weight, T scale, const Options<Real>& o) {
   const T zero(0), one(1);
   const auto some = r.n > zero;
   const T n = max(r.n, one);
-  const Margin<T> y = margin(r, z_y);
-  // NaN and +inf poison the whole row, as in PyTorch; +inf in the complement is NaN in s1 already
-  const auto bad = (y.ce != y.ce) | (z_y == T(Limits<T>::infinity()));
-  row_weight = select(bad, T(Limits<T>::quiet_NaN()), row_weight);
   scale = scale * row_weight;
   const T own = class_weight * scale;
 
@@ -225,6 +221,14 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   }
   g.a = g.a + pull * y.s * y.inv_s1;
   return {loss * row_weight, ce * row_weight, class_weight * d.value * row_weight, g};
+}
+
+template <class T, class Real>
+FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_weight, T scale, const Options<Real>& o) {
+  const Margin<T> y = margin(r, z_y);
+  // NaN and +inf poison the whole row, as in PyTorch; +inf in the complement is NaN in s1 already
+  const auto bad = (y.ce != y.ce) | (z_y == T(Limits<T>::infinity()));
+  return finish(r, y, z_y, class_weight, select(bad, T(Limits<T>::quiet_NaN()), row_weight), scale, o);
 }
 
 // A mixture of two labels that are not the same class, from the moments of all other classes: what they lack of a

@@ -27,8 +27,25 @@ FSL_FN float abs(float a) { return fabsf(a); }
 FSL_FN double abs(double a) { return fabs(a); }
 FSL_FN float exp(float a) { return expf(a); }
 FSL_FN double exp(double a) { return ::exp(a); }
+#ifdef __CUDACC__
+// On a GPU a row's own logarithm and reciprocal are arithmetic: of ten classes each would be a tenth of a special function a logit.
+
+// -log a of a positive normal number, rest being 1 - a: where that is small it may be better known than a.
+__device__ __forceinline__ float minus_log(float a, float rest) {
+  const int bits = __float_as_int(a), power = (bits - 0x3f2aaaab) & int(0xff800000);  // 2/3 <= a / 2^power < 4/3
+  const float exponent = __int_as_float((power >> 23) + 0x4b400000) - 12582912.f;     // a conversion is slow
+  const float u = power == 0 ? rest : 1.f - __int_as_float(bits - power);
+  float p = fmaf(0.152690589f, u, 0.169911802f);
+  p = fmaf(p, u, 0.164404467f);
+  p = fmaf(p, u, 0.198181316f);
+  p = fmaf(p, u, 0.25006339f);
+  p = fmaf(p, u, 0.333367348f);
+  p = fmaf(p, u, 0.499999613f);
+  return fmaf(exponent, -0.693147181f, fmaf(u * u, p, u));
+}
+#endif
 #ifdef __CUDA_ARCH__
-FSL_FN float log(float a) { return __log2f(a) * 0.693147181f; }  // one special function, within 2e-7 of the value from 5/4 on
+FSL_FN float log(float a) { return fmaf(a, 0.f, -minus_log(a, 1.f - a)); }  // NaN of infinity and NaN
 #else
 FSL_FN float log(float a) { return logf(a); }
 #endif
@@ -48,13 +65,17 @@ FSL_FN float exp_but(float a, float& rest) {
 }
 #endif
 
-// 1 / a for a number a that has a normal inverse.
+// 1 / a for a number a between 2^-120 and 2^120.
 template <class T>
 FSL_FN T inverse(T a) {
   return T(1) / a;
 }
 #ifdef __CUDA_ARCH__
-FSL_FN float inverse(float a) { return __fdividef(1.f, a); }  // the last bit aside, without the way round of a division
+FSL_FN float inverse(float a) {
+  const float guess = __int_as_float(0x7ef31000 - __float_as_int(a)), off = 1.f - a * guess;  // at most 0.05
+  const float near = guess + guess * (off + off * off);
+  return near + near * (1.f - a * near);
+}
 #endif
 
 // log(1 + a) for 0 <= a <= kNearZero, to the last digits of a; the polynomial is float32's.
@@ -66,5 +87,14 @@ FSL_FN T log1p_polynomial(T a) {
 }
 FSL_FN float log1p_near_zero(float a) { return log1p_polynomial(a); }
 FSL_FN double log1p_near_zero(double a) { return ::log1p(a); }
+
+// log a, where a is 1 + more if more is near 0; more is not below 0.
+template <class T>
+FSL_FN T log_of_sum(T a, T more) {
+  return select(more > T(kNearZero), log(a), log1p_near_zero(more));
+}
+#ifdef __CUDA_ARCH__
+FSL_FN float log_of_sum(float a, float more) { return fmaf(a, 0.f, -minus_log(a, more > float(kNearZero) ? 1.f - a : -more)); }
+#endif
 
 }  // namespace fastsoftloss

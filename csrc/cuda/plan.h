@@ -102,9 +102,8 @@ inline int share_count(int64_t rows) { return int(at_least(1, at_most(divide_up(
 
 static_assert(kTileClasses < 1 << 15, "the labels that are kept beside the mean's shares are int16");
 
-// Numbers of scratch memory: what blocks add up to, the mean's shares, a long row's parts, a counter, and where the mean's
-// divisor comes first and classes are few
-// (`labelled`), the labels.
+// Numbers of scratch memory: what blocks add up to, the mean's shares, a long row's parts, a counter, and the labels where the
+// mean's divisor comes first and classes are few (`labelled`).
 struct Scratch {
   int64_t partial, shares, moments, counter, labels, size;
 };

@@ -18,7 +18,13 @@ struct Reference {
   FSL_DEVICE float y(float z) const { return fmaf(z, kLog2e, -scaled); }
   // x = z - ref = y ln 2 - offset(), and exp of that, by its series: sound() sees to it that it is small.
   FSL_DEVICE float offset() const { return lost * kLn2; }
-  static FSL_DEVICE float series(float x) { return fmaf(x, fmaf(x, 0.5f, 1.f), 1.f); }
+  static FSL_DEVICE float series(float x) { return 1.f + x * (1.f + x * 0.5f); }
+  // The same about the logit where y is 0, of which nothing is lost; but that logit is rounded, so none may be compared with it.
+  FSL_DEVICE Reference rounded() const {
+    Reference r = *this;
+    r.ref = fmaf(-lost, kLn2, ref), r.lost = 0;
+    return r;
+  }
 };
 
 // Which moments a kernel is compiled for; class weights under label smoothing always go the careful way.
@@ -39,6 +45,11 @@ struct Sums {
     if (Needs & kLogits) sy -= y, syy = fmaf(-y, y, syy);
     if (Needs & kSquares) s2 = fmaf(-e, e, s2), sey = fmaf(-e, y, sey);
   }
+  // The class that stands in for the true one, which is at the reference: taken out before it is added.
+  FSL_DEVICE void start_without(const Reference& at) {
+    s1 = fmaf(at.lost, -kLn2, -1.f), sy = -at.lost, syy = at.lost * sy;
+    s2 = fmaf(at.lost, -2 * kLn2, -1.f), sey = sy;
+  }
   FSL_DEVICE void join(const Group<float>& group) {
     float v[kCount];
     give(v);
@@ -53,10 +64,21 @@ struct Sums {
   }
   // Comparisons that infinities and NaN fail. inv_n: of the number of classes summed.
   FSL_DEVICE bool sound(float inv_n, const Reference& at, float most) const {
-    bool good = s1 < most && fabsf(at.lost) < 0.01f;
-    if (Needs & kLogits) good = good && syy <= 8 * (syy - sy * (sy * inv_n));
-    if (Needs & kSquares) good = good && sey - sey == 0;
+    bool good = s1 < most & fabsf(at.lost) < 0.001f;
+    if (Needs & kLogits) good &= syy <= 8 * (syy - sy * (sy * inv_n));
+    if (Needs & kSquares) good &= sey - sey == 0;
     return good;
+  }
+  // How a true class at y, |y| < kMostApart, stands against these: what is lost of the reference is lost on both sides.
+  FSL_DEVICE Margin<float> margin(float y) const {
+    const float own = exp2_approx(y), both = s1 + own, inv_both = inverse(s1 * both), share = s1 * inv_both;
+    Margin<float> out;
+    out.inv_s1 = both * inv_both;
+    out.s = s1 * share;
+    out.p = own * share;
+    out.ce = minus_log(out.p, out.s);
+    out.d = 0, out.log_both = fmaf(y, kLn2, out.ce);  // see lift()
+    return out;
   }
   FSL_DEVICE RowMoments<float> moments(float n, float inv_n, const Reference& at) const {
     // in terms of x = z - ref
@@ -65,7 +87,7 @@ struct Sums {
     r.n = n, r.m = at.ref, r.s1 = s1 * f;
     if (Needs & kLogits) {
       const float mean = sy * inv_n;
-      r.mean = fmaf(mean, kLn2, -offset), r.m2 = (syy - sy * mean) * (kLn2 * kLn2);
+      r.mean = mean * kLn2 - offset, r.m2 = (syy - sy * mean) * (kLn2 * kLn2);
     }
     if (Needs & kSquares) r.s2 = s2 * f * f, r.sx = (sey - at.lost * s1) * f * kLn2;
     return r;
@@ -88,6 +110,8 @@ struct Sums {
 constexpr float kMostSum = 1e15f;
 template <unsigned Needs>
 constexpr float kMostMovable = Needs & kSquares ? kMostSum : 1e30f;
+// How far from the reference the true class may be for Sums::margin: y is rounded by no more than 2^-19.
+constexpr float kMostApart = 64;
 
 // Moments moved to a reference at which s1 is about 1, so that finish neither over- nor underflows: by how much, and what
 // that does to an exponential. A row that is all but flat stays where it is, for its mean would be rounded.

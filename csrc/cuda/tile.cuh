@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         continue;
       }
 
-      // about one logit of the complement, which also stands in for the true class until its exponential is taken out
+      // about one logit of the complement, which also stands in for the true class
       const int other = row.label == 0 ? 1 : 0;
       const Reference at(M::load(line + other * step));
       const float z_y = M::load(line + row.label * step);
@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       const int64_t apart = kStaged ? M::kBytes : step * group.size;
       float y[kTileHeld], e[kTileHeld];
       Sums<Needs> sums;
+      if (group.lane == 0) sums.start_without(at);
       const char* const from = line + first * step;
       const auto take = [&](int j, float z) {
         y[j] = at.y(z), e[j] = exp2_approx(y[j]);
@@ -102,7 +103,6 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
           take(j, own ? at.ref : M::load(from + j * apart));
         });
       }
-      if (group.lane == 0) sums.remove(at.lost, at.series(at.offset()));
       sums.join(group);
 
       // finish: by the group's first thread
@@ -110,11 +110,13 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       float label = 0;
       bool careful = true;
       if (group.lane == 0) {
-        if (sums.sound(inv_n, at, kMostSum)) {
+        const float y_own = at.y(z_y);
+        if (sums.sound(inv_n, at, kMostSum) & fabsf(y_own) < kMostApart) {
           const Weights<float> weights(job, r, row.label);
-          const RowLoss<float> out =
-              finish(sums.moments(n, inv_n, at), z_y, weights.of_class, weights.of_row, scale * row.upstream, job.options);
-          slope = Slope<Needs>(out.gradient, at), label = out.gradient.label;
+          const Reference about = at.rounded();
+          const RowLoss<float> out = finish(sums.moments(n, inv_n, about), sums.margin(y_own), z_y, weights.of_class, weights.of_row,
+                                            scale * row.upstream, job.options);
+          slope = Slope<Needs>(out.gradient, about), label = out.gradient.label;
           careful = gradient && !slope.exact;
           if (!careful) tally.add(job, r, weights.both(), out);
         }
