@@ -39,6 +39,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def _compiled(chosen: Plan | SoftPlan) -> dict[str, int | None]:
+    """How a plan's kernel is compiled; AMD's compiler takes no limit of registers."""
+    return {"num_warps": chosen.warps} | ({} if torch.version.hip else {"maxnreg": chosen.registers})
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -200,7 +205,7 @@ def _resident(
         **call.labels(), **call.samples(), **call.values(), **call.kinds(), **above, **(own | outputs),
         RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
         UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, COPIES=max(1, 32 * chosen.warps // chosen.r),
-        num_warps=chosen.warps,
+        **_compiled(chosen),
     )  # fmt: skip
 
 
@@ -282,7 +287,7 @@ def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, point
     long.long_reduce[(chosen.programs,)](
         z_ptr=call.logits, moments_ptr=partial, chunks=chosen.a, **place, **call.labels(), **call.kinds(),
         START=chosen.start, ALIGN=chosen.align, L=chosen.b, V=chosen.vector, TILE=chunks_at_a_time(call.logits.element_size()), BLOCK=32,
-        num_warps=chosen.warps,
+        **_compiled(chosen),
     )  # fmt: skip
     width = triton.next_power_of_2(chosen.splits)
     block = max(1, 512 // width)
@@ -318,7 +323,7 @@ def _soft(
         rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index, **rows.arguments(True), **strides, **samples,
         **call.values(), **call.kinds(), **above, **outputs,
         MIXTURE=call.form == "mixture", RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
-        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, COPIES=max(1, 32 * chosen.warps // chosen.r), num_warps=chosen.warps,
+        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, COPIES=max(1, 32 * chosen.warps // chosen.r), **_compiled(chosen),
     )  # fmt: skip
 
 
@@ -363,7 +368,7 @@ def _backward(call: _Call, rows: _Rows, chosen: Plan | SoftPlan, dz: Tensor, ups
         splits=chosen.splits, chunks=chosen.a, smoothing=call.label_smoothing, REDUCTION=call.reduction,
         DIMS=len(rows.sizes), **rows.arguments(True), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
         SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector,
-        TILE=chunks_at_a_time(call.logits.element_size()), num_warps=chosen.warps,
+        TILE=chunks_at_a_time(call.logits.element_size()), **_compiled(chosen),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from fastsoftloss.triton_finish import (
     _keep_totals,
     _labels_once,
     _offset,
+    _quotient,
     _row_scale,
     _row_weights,
     _scale,
@@ -170,7 +171,7 @@ def resident(
                     n = _sum((z != -inf).to(tl.float32)).to(DTYPE)
                     x = _fill(x, z)
                     x1 = _sum(x)
-                    inverse_n = 1.0 / tl.maximum(n, 1.0)
+                    inverse_n = _quotient(zero + 1.0, tl.maximum(n, 1.0))
                 mean = x1 * inverse_n
             if KIND == LOGIT_VARIANCE:
                 if holes:

@@ -19,6 +19,8 @@ _VECTOR_BYTES = 16
 _SECTOR_BYTES = 32
 _FLAT_CLASSES = 256  # beyond, a row alone fills its memory sectors well enough
 _CHUNK_CLASSES = 128  # fewer do not fill a chunk
+_REGISTERS = 255  # that a thread can have
+_ALL_REGISTERS = 65536  # of a multiprocessor
 
 
 class Plan(NamedTuple):
@@ -40,6 +42,7 @@ class Plan(NamedTuple):
     align: int  # elements of a memory sector; 0: no access wider than an element
     start: int  # elements that every row's first is a multiple of: align, half of it (and so are the classes), or 1
     warps: int
+    registers: int | None  # a thread may use; with no limit ptxas spills one or two where that fits one more program on a multiprocessor
     programs: int
     splits: int
 
@@ -56,6 +59,7 @@ class SoftPlan(NamedTuple):
     r: int
     b: int
     warps: int
+    registers: int  # as of ``Plan``
     programs: int
 
 
@@ -125,12 +129,12 @@ def plan(
         splits = min(-(-chunks // 8), max(1, -(-wanted * r // max(rows, 1))))
         each = -(-chunks // splits)
         splits = -(-chunks // each)
-        warps = max(1, lanes // 32)
-        return Plan(resident, ROWS, each, r, lanes, vector, 0, align, start, warps, -(-rows // r) * splits, splits)
+        warps, registers = max(1, lanes // 32), None if kept else 96
+        return Plan(resident, ROWS, each, r, lanes, vector, 0, align, start, warps, registers, -(-rows // r) * splits, splits)
 
     run = 0
     if by_vector and same and tuple(row_strides) == (classes,) and 1 <= classes <= _FLAT_CLASSES and itemsize < 8:
-        access, warps, vector = FLAT, 2, 1
+        access, warps, registers, vector = FLAT, 2, 128, 1
         b = _pow2(-(-classes // 32))
         a, r = _pow2(-(-classes // b)), 32 * warps // b
         run = _pow2(r * classes)
@@ -141,8 +145,9 @@ def plan(
         b = max(8, _pow2(-(-classes // each)))
         warps, r = max(1, b // 32), max(1, 32 // b)
         a = -(-places // (b * vector))
+        registers = _REGISTERS if gradient else 200
     else:
-        access, warps, vector = STRIDED, 4, 1
+        access, vector = STRIDED, 1
         padded = _pow2(classes)
         size = 4096 if itemsize < 8 else 2048
         if class_stride == 1:
@@ -153,8 +158,9 @@ def plan(
             b = min(padded, 128 // r)
         a = padded // b
         warps = max(4, min(32, padded * r // 32 // (32 if itemsize < 8 else 16)))
+        registers = min(168 if itemsize < 8 else _REGISTERS, _ALL_REGISTERS // (32 * warps))
     programs = min(-(-rows // r), multiprocessors * max(1, 32 // warps))
-    return Plan(True, access, a, r, b, vector, run, align, start, warps, programs, 1)
+    return Plan(True, access, a, r, b, vector, run, align, start, warps, registers, programs, 1)
 
 
 def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
@@ -164,4 +170,4 @@ def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> S
     a = min(each, _pow2(-(-classes // b)))
     warps = max(4, b // 32)
     r = 32 * warps // b
-    return SoftPlan(a, r, b, warps, min(-(-rows // r), 32 // warps * multiprocessors))
+    return SoftPlan(a, r, b, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))

@@ -31,6 +31,7 @@ from fastsoftloss.triton_finish import (
     _labels,
     _labels_once,
     _offset,
+    _quotient,
     _row_scale,
     _row_weights,
     _scale,
@@ -248,7 +249,7 @@ def _careful(
         sx += e * x
         d1 += tl.where(there, x - middle, 0.0)
     n = _row_sum(n)
-    mean = row_middle + _row_sum(d1) / tl.maximum(n, 1.0)
+    mean = row_middle + _quotient(_row_sum(d1), tl.maximum(n, 1.0))
     m2 = zero
     if KIND == LOGIT_VARIANCE:
         for i in range(start, stop, L * V):
@@ -629,7 +630,8 @@ def _merge(n, m, s1, s2, sx, mean, m2, sw, swx, KIND: tl.constexpr, SMOOTH: tl.c
         sum2 = tl.sum(tl.where(empty, 0.0, s2 * (shrink * shrink)), AXIS)
     if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
         start = _finite(tl.max(tl.where(empty, -float("inf"), mean + shift), AXIS, keep_dims=True))  # means that are the same stay so
-        middle = start + tl.sum(tl.where(empty, 0.0, n * (mean + shift - start)), AXIS, keep_dims=True) / tl.maximum(count, 1.0)
+        above = tl.sum(tl.where(empty, 0.0, n * (mean + shift - start)), AXIS, keep_dims=True)
+        middle = start + _quotient(above, tl.maximum(count, 1.0))
         centre = tl.sum(middle, AXIS)
     if KIND == LOGIT_VARIANCE:
         gap = mean + shift - middle

@@ -9,9 +9,11 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from conftest import DIVERSITIES, agree
+from test_exactness import assert_promised, rows_at
 from torch import Tensor
 from triton_mode import INTERPRETED, copies_may_differ, device
 
@@ -235,6 +237,16 @@ def test_noise_in_approximate_instructions(classes: int) -> None:
         pytest.skip("the interpreter has no approximate instructions")
     with copies_may_differ(approx_noise=1.0):  # each lane has its own noise
         check(*batch(4, classes, F32))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no approximate instructions")
+@pytest.mark.parametrize(("classes", "rows", "masked"), [(40, 300, 0.3), (1003, 33, 0.0)])
+def test_noise_where_terms_of_different_sign_meet(classes: int, rows: int, masked: float) -> None:
+    """A logit near the mean is pulled at by a difference: a mean relative to the largest logit, far away, must be divided exactly."""
+    logits, target = rows_at(np.linspace(-80, 80, rows), classes, 0.0, 10.0)
+    there = (torch.rand(logits.shape) >= masked).scatter(1, target[:, None], True)
+    with copies_may_differ(approx_noise=1.0):
+        assert_promised(logits.masked_fill(~there, -torch.inf), target, "triton")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the simulator copies what a tensor views")

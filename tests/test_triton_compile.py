@@ -68,8 +68,6 @@ CASES = {
     "total": Case(triton_finish.total, 1, absent=("parts_ptr",), loads=False, stores=False),
     "divisors": Case(triton_finish.divisors, 1, absent=PLAIN, loads=False, stores=False),
 }
-# bytes: ptxas puts one scalar or two there, of chi2 for sm_100 with 80 registers in use; of reverse_kl and chi2 for sm_90 with 168
-STACK = {("flat", "fp32"): 8, ("mixture", "fp32"): 8}
 NEVER = (("flat", "fp64"), ("widest", "fp64"))  # the plan gives those rows to other kernels: here they would spill
 NO_LOGITS = ("long_finish", "total", "divisors")
 POINTERS = {"target_ptr": "*i64", "counter_ptr": "*i32", "z_ptr": "*Z", "g_ptr": "*Z"}  # the others: the dtype of the arithmetic
@@ -111,7 +109,8 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
             signature[argument] = "fp64" if argument in DOUBLES else "i32"
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=values, attrs=attributes)
     target = GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4 if name in NO_LOGITS else p.warps})
+    options = {"num_warps": 4} if name in NO_LOGITS else {"num_warps": p.warps, "maxnreg": p.registers}
+    return triton.compile(source, target=target, options=options)
 
 
 def cuobjdump(compiled: Any, tmp_path: Path, flag: str) -> str:
@@ -128,7 +127,7 @@ def check(name: str, dtype: str, diversity: int, architecture: int | str, tmp_pa
         return
     usage = cuobjdump(compiled, tmp_path, "-res-usage")
     (stack,), (local,) = re.findall(r"STACK:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
-    assert (int(stack) <= STACK.get((name, dtype), 0), local) == (True, "0"), usage
+    assert (stack, local) == ("0", "0"), usage
     ptx = compiled.asm["ptx"]
     if CASES[name].loads:
         assert "ld.global.v4.b32" in ptx or "ld.global.v2.b64" in ptx, "no 16-byte load"

@@ -20,6 +20,7 @@ def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_str
         p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, gradient)
         assert all(n & (n - 1) == 0 for n in (p.r, p.b, p.vector, p.warps))
         assert p.resident == fits(classes, itemsize) and 1 <= p.warps <= 32
+        assert p.registers is not None and 32 * p.warps * p.registers <= 65536, "ptxas does not look whether a multiprocessor has them"
         if not p.resident:
             assert_shared(p, rows, classes)
         elif p.access == ROWS:
