@@ -100,7 +100,9 @@ def _of(n, inverse_n, s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
     s1 = tl.where(n > 1.0, s1, 1.0)  # of one class it may be anything, and has no spread
     inverse_s1 = 1.0 / s1
     div, a, p, e0, g_y = _penalty(n, inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND)
-    return div, a * inverse_s1, p, e0, g_y
+    if KIND != LOGIT_VARIANCE:  # a product with 0 is not left out by itself
+        a *= inverse_s1
+    return div, a, p, e0, g_y
 
 
 @triton.jit
@@ -248,7 +250,7 @@ def soft(
             hi_, lo_, about_ = _across(hi), _across(lo), _across(about)
             ends = (hi_, lo_, _across(m))
             sum1, sum2, sumx, dev1, dev2 = none, none, none, none, none
-            u, u_masked, v_others, v_masked, vx = none, none, none, none, none
+            u, v_others, vx = none, none, none
             for i in range(0, end, A * B):
                 c = column + i
                 z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, MIXTURE, SMOOTH, DTYPE)
@@ -261,13 +263,11 @@ def soft(
                     from_mean = tl.where(rest, x - about_, 0.0)
                     dev1 += _sum(from_mean)
                     dev2 += _sum(from_mean * from_mean)
-                v_others += _sum(tl.where(c == hi_, 0.0, v_k))
-                vx += _sum(v_k * x)
-                v_masked += _sum(tl.where(z == -inf, v_k, 0.0))
+                v_k = tl.where(c == hi_, 0.0, v_k)
+                v_others += _sum(v_k)
+                vx += _sum(tl.where(v_k == 0.0, 0.0, v_k * (z - ends[2])))  # 0 log 0 is 0, and log 0 is -inf
                 if Z_LOSS:
                     u += _sum(u_k)
-                if KIND != 0 and MIXTURE:
-                    u_masked += _sum(tl.where(z == -inf, u_k, 0.0))
             u_hi, v_hi = _read_target(target, hi_, reads, K, MIXTURE, SMOOTH, DTYPE)
             u_hi, v_hi, u_lo, v_lo = _sum(u_hi), _sum(v_hi), none, none
             if ENDS:
@@ -289,8 +289,7 @@ def soft(
             log1p = _log_sum(odds, whole, odds > 1.0)
             lse = z_hi + log1p
             v = v_others + v_hi
-            ce = v * log1p - vx - (v_others - v_lo - v_masked) * d - v_lo * x_lo
-            ce = tl.where(v_masked == 0.0, ce, inf)
+            ce = v * log1p - vx - v_others * d
             loss = ce
             pull = v
             g_hi = tl.where(odds > 1.0, v * p_hi - v_hi, v_others - v * s_hi)  # the one that does not cancel
@@ -329,7 +328,9 @@ def soft(
                     most = _add(most, tl.where(rest & several_, u_k, 0.0), _without(x + d_, f_ * e, whole_row, KIND))
                 if MIXTURE:  # a label that is masked has all others beside it
                     of_none = _of(n, inverse_n, whole, sum2_all, sumx_all, mean_all, dev_all, none + 1.0, none, KIND)
-                    most = _add(most, tl.where(n > 1.0, u_masked, 0.0), of_none)
+                    for i in tl.static_range(2):
+                        masked = _sum(_read(logits, labels[i], reads, K, DTYPE)) == -inf
+                        most = _add(most, tl.where(masked & (n > 1.0), _sum(labels[i + 2]), 0.0), of_none)
                 if weighs:
                     g_lo += weigh * _slope(most, x_lo, e_lo, KIND)
                 if ENDS:
