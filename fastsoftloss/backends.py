@@ -21,7 +21,7 @@ _override = os.environ.get("FASTSOFTLOSS_BACKEND") or None
 _ready: dict[str, ops.Operators] = {}
 _missing: dict[str, str] = {}
 _detail: dict[str, str] = {}
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()  # (device, form)
 
 
 def _load_cpu() -> None:
@@ -102,10 +102,11 @@ def default(device: torch.device, form: str = "index") -> str:
     for name in names:
         if name in _ready and form in _ready[name].forms:
             return name
-    if names and device.type not in _warned and not torch.compiler.is_compiling():
-        _warned.add(device.type)
-        reasons = "; ".join(f"{name}: {_missing[name]}" for name in names if name in _missing)
-        warnings.warn(f"fastsoftloss runs in plain PyTorch on {device.type}, several times slower. {reasons}", stacklevel=4)
+    if names and (device.type, form) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((device.type, form))
+        reasons = "; ".join(f"{name}: {_missing.get(name, 'it has no kernel for this form')}" for name in names)
+        where = f"on {device.type} for a target of the form {form!r}"
+        warnings.warn(f"fastsoftloss runs in plain PyTorch {where}, several times slower. {reasons}", stacklevel=4)
     return "reference"
 
 

@@ -18,7 +18,8 @@ from fastsoftloss import reference
 
 DIVERSITIES = (None, "logit_variance", "kl", "reverse_kl", "chi2", "variance")  # the order of csrc/row_loss.h
 REDUCTIONS = ("none", "mean", "sum")
-FORMS = ("index", "mixture", "probabilities")  # of a target
+FORMS = ("index", "mixture", "probabilities")  # of a target, as form_of tells them
+form_of = reference.form_of
 
 _ARGUMENTS = (
     "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, int ignore_index, int reduction, "

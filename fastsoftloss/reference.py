@@ -222,6 +222,13 @@ def pack_mixture(target: tuple[Tensor, Tensor, Tensor | float], sample_weight: T
     return torch.stack((first, second)), weights.expand(2, *first.shape)
 
 
+def form_of(logits: Tensor, target: Tensor) -> str:
+    """What a target is, a mixture as :func:`pack_mixture` gives it."""
+    if target.is_floating_point():
+        return "probabilities"
+    return "mixture" if target.dim() == logits.dim() else "index"
+
+
 def _mixed_rows(z: Tensor, target: Tensor, row_weight: Tensor | None, o: _Options) -> _Rows:
     a, b = (_index_rows(z, target[i], None if row_weight is None else row_weight[i], o) for i in range(2))
     return _Rows(a.loss + b.loss, a.cross_entropy + b.cross_entropy, a.diversity + b.diversity, a.weight + b.weight, a.counted | b.counted)
@@ -265,9 +272,10 @@ def cross_entropy(
     options = _Options(weight, ignore_index, label_smoothing, diversity, diversity_weight, z_loss)
     if isinstance(target, tuple):
         target, sample_weight = pack_mixture(target, sample_weight, z.dtype)
-    if target.dim() == z.dim() and not target.is_floating_point():
+    form = form_of(logits, target)
+    if form == "mixture":
         rows = _mixed_rows(z, target, sample_weight, options)
-    elif target.is_floating_point():
+    elif form == "probabilities":
         t = target.to(z.dtype)
         rows = _probability_rows(z, t.movedim(1, -1) if t.dim() > 1 else t, sample_weight, options)
     else:

@@ -67,35 +67,31 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
 
 
 class _Rows:
-    """Logits as rows of classes: sizes and strides of the row dimensions, and what the kernels want to know of them."""
+    """Logits as rows of classes: sizes and strides of the row dimensions, and what the kernels want to know of them.
 
-    def __init__(self, logits: Tensor, gradient: Tensor | None, target: Tensor | None = None) -> None:
-        def split(t: Tensor) -> tuple[int, list[int]]:
-            stride = list(t.stride())
-            return (stride[0], []) if t.dim() == 1 else (stride[1], stride[:1] + stride[2:])
+    Strides are those of the logits, of the gradient and, where they are given, of class probabilities.
+    """
 
-        shape = list(logits.shape)
-        sizes = [] if logits.dim() == 1 else shape[:1] + shape[2:]
-        self.classes = shape[0] if logits.dim() == 1 else shape[1]
-        self.class_stride, z = split(logits)
-        self.g_class_stride, g = split(logits if gradient is None else gradient)
-        self.t_class_stride, t = split(logits if target is None or not target.is_floating_point() else target)
-        if self.classes <= 1:
-            self.class_stride = self.g_class_stride = self.t_class_stride = 1
-        self.sizes, (self.strides, self.g_strides, self.t_strides) = collapse(sizes, z, g, t)
+    def __init__(self, logits: Tensor, gradient: Tensor | None, probabilities: Tensor | None = None) -> None:
+        k = min(1, logits.dim() - 1)  # the class dimension
+        operands = (logits, logits if gradient is None else gradient) + (() if probabilities is None else (probabilities,))
+        strides = [t.stride() for t in operands]
+        self.classes = logits.shape[k]
+        self.class_strides = [s[k] if self.classes > 1 else 1 for s in strides]
+        self.sizes, self.strides = collapse(*((*s[:k], *s[k + 1 :]) for s in (logits.shape, *strides)))
         self.rows = 1
         for size in self.sizes:
             self.rows *= size
-        self.same = self.class_stride == self.g_class_stride and self.strides == self.g_strides
+        self.same = self.class_strides[0] == self.class_strides[1] and self.strides[0] == self.strides[1]
         pointers = (logits,) if gradient is None else (logits, gradient)
         self.aligned = all(t.data_ptr() % 16 == 0 for t in pointers)
-        self.row_strides = self.strides if self.rows > 1 else [self.classes]
+        self.row_strides = self.strides[0] if self.rows > 1 else [self.classes]
 
     def plan(self, logits: Tensor, gradient: bool = False, kept: bool = False) -> Plan:
         return plan(
             self.rows,
             self.classes,
-            self.class_stride,
+            self.class_strides[0],
             self.row_strides,
             logits.element_size(),
             self.aligned,
@@ -105,24 +101,19 @@ class _Rows:
             self.same,
         )
 
-    def padded(self, strides: list[int]) -> list[int]:
-        return [0] * (MAX_ROW_DIMS - len(strides)) + strides
-
-    def arguments(self, gradient: bool) -> dict[str, int]:
-        """Sizes and strides as the kernels name them; absent leading dimensions are of size 1."""
-        sizes = [1] * (MAX_ROW_DIMS - len(self.sizes)) + self.sizes
-        out = {f"n{i}": sizes[i] for i in (1, 2, 3)}
-        out |= {f"s{i}": s for i, s in enumerate(self.padded(self.strides))}
-        out["sc"] = self.class_stride
-        if gradient:
-            out |= {f"t{i}": s for i, s in enumerate(self.padded(self.g_strides))}
-            out["tc"] = self.g_class_stride
+    def arguments(self, names: str) -> dict[str, int]:
+        """Sizes and strides as the kernels name them: s of the logits, t of the gradient, u of class probabilities."""
+        absent = MAX_ROW_DIMS - len(self.sizes)  # leading dimensions, of size 1
+        out = {f"n{i}": n for i, n in enumerate([1] * absent + self.sizes) if i > 0}
+        for name, strides, class_stride in zip(names, self.strides, self.class_strides, strict=False):
+            out |= {f"{name}{i}": s for i, s in enumerate([0] * absent + strides)}
+            out[f"{name}c"] = class_stride
         return out
 
     @property
     def wide(self) -> bool:
         """Whether a class offset needs 64 bits."""
-        return self.classes * max(self.class_stride, self.g_class_stride) >= _LIMIT_INT32
+        return self.classes * max(self.class_strides) >= _LIMIT_INT32
 
 
 def _flat(t: Tensor | None) -> tuple[Tensor | None, int]:
@@ -149,9 +140,7 @@ class _Call(NamedTuple):
 
     @property
     def form(self) -> str:
-        if self.target.is_floating_point():
-            return "probabilities"
-        return "mixture" if self.target.dim() == self.logits.dim() else "index"
+        return ops.form_of(self.logits, self.target)
 
     def labels(self) -> dict[str, Any]:
         target, stride = _flat(self.target)
@@ -201,7 +190,7 @@ def _resident(
         kernel = kernels.resident
         own = {"ACCESS": chosen.access, "WIDE": rows.wide, "B": chosen.b, "P": chosen.run}
     kernel[(chosen.programs,)](
-        z_ptr=call.logits, g_ptr=gradient, rows=rows.rows, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments(True),
+        z_ptr=call.logits, g_ptr=gradient, rows=rows.rows, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments("st"),
         **call.labels(), **call.samples(), **call.values(), **call.kinds(), **above, **(own | outputs),
         RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
         UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, COPIES=max(1, 32 * chosen.warps // chosen.r),
@@ -283,7 +272,7 @@ def _shares(call: _Call, rows: _Rows) -> tuple[Tensor, Tensor]:
 
 def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, pointers: dict[str, Tensor | None]) -> None:
     partial = moments.new_empty(9 * rows.rows * chosen.splits)
-    place: dict[str, Any] = rows.arguments(False) | {"rows": rows.rows, "K": rows.classes, "DIMS": len(rows.sizes), "splits": chosen.splits}
+    place: dict[str, Any] = rows.arguments("s") | {"rows": rows.rows, "K": rows.classes, "DIMS": len(rows.sizes), "splits": chosen.splits}
     long.long_reduce[(chosen.programs,)](
         z_ptr=call.logits, moments_ptr=partial, chunks=chosen.a, **place, **call.labels(), **call.kinds(),
         START=chosen.start, ALIGN=chosen.align, L=chosen.b, V=chosen.vector, TILE=chunks_at_a_time(call.logits.element_size()), BLOCK=32,
@@ -309,35 +298,40 @@ def _soft(
     """``_resident`` for targets of more than one label."""
     shares = pointers.get("shares_ptr")
     outputs = {f"{name}_ptr": None for name in ("loss", "parts", "partials", "divisor", "shares", "counter")} | pointers
+    mixture = call.form == "mixture"
     target, sample_weight = call.target, call.sample_weight
-    strides = dict(zip(("u0", "u1", "u2", "u3", "uc"), (*rows.padded(rows.t_strides), rows.t_class_stride), strict=True))
-    if call.form == "mixture":  # its two labels stand first
+    place = rows.arguments("stu")
+    if mixture:  # its two labels stand first
         target = target.reshape(2, -1)
-        strides |= {"u3": target.stride(1), "uc": target.stride(0)}
+        place |= {"u0": 0, "u1": 0, "u2": 0, "u3": target.stride(1), "uc": target.stride(0)}
     samples: dict[str, Any] = {"sample_ptr": None, "sample_stride": 0, "sample_step": 0}
     if sample_weight is not None:
-        sample_weight = sample_weight.reshape(2 if call.form == "mixture" else 1, -1)
+        sample_weight = sample_weight.reshape(2 if mixture else 1, -1)
         samples = {"sample_ptr": sample_weight, "sample_stride": sample_weight.stride(1), "sample_step": sample_weight.stride(0)}
     soft[(chosen.programs,)](
         z_ptr=call.logits, g_ptr=gradient, target_ptr=target, weight_ptr=call.weight if call.logits.numel() else None,
-        rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index, **rows.arguments(True), **strides, **samples,
-        **call.values(), **call.kinds(), **above, **outputs,
-        MIXTURE=call.form == "mixture", RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
-        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, COPIES=max(1, 32 * chosen.warps // chosen.r), **_compiled(chosen),
+        rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index,
+        **place, **samples, **call.values(), **call.kinds(), **above, **outputs,
+        MIXTURE=mixture, RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
+        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b,
+        COPIES=max(1, 32 * chosen.warps // chosen.r), **_compiled(chosen),
     )  # fmt: skip
 
 
 def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | SoftPlan, Tensor | None]:
     """The call as rows that the kernels can walk, the plan for them, and where the gradient is written: ``dlogits``, or a
     contiguous copy, as of all else, where more row dimensions are left than the kernels unfold."""
+    probabilities = call.target if call.form == "probabilities" else None
     if call.logits.dim() > MAX_ROW_DIMS + 1:
         # the same decision whether the gradient is wanted or not: the backward finds what the forward has kept
         like = torch.empty_like(call.logits, device="meta") if dlogits is None else dlogits
-        if len(_Rows(call.logits, like, call.target).sizes) > MAX_ROW_DIMS:
+        if len(_Rows(call.logits, like, probabilities).sizes) > MAX_ROW_DIMS:
             dlogits = None if dlogits is None else dlogits.contiguous()
-            target = call.target.contiguous() if call.form == "probabilities" else call.target
-            call = call._replace(logits=call.logits.contiguous(), target=target)
-    rows = _Rows(call.logits, dlogits, call.target)
+            call = call._replace(logits=call.logits.contiguous())
+            if probabilities is not None:
+                probabilities = probabilities.contiguous()
+                call = call._replace(target=probabilities)
+    rows = _Rows(call.logits, dlogits, probabilities)
     if call.form == "index":
         return call, rows, rows.plan(call.logits, dlogits is not None), dlogits
     return call, rows, soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device)), dlogits
@@ -366,7 +360,7 @@ def _backward(call: _Call, rows: _Rows, chosen: Plan | SoftPlan, dz: Tensor, ups
     long.spread_rows[(chosen.programs,)](
         z_ptr=call.logits, g_ptr=dz, divisor_ptr=moments, saved_ptr=moments[1:], rows=rows.rows, K=rows.classes,
         splits=chosen.splits, chunks=chosen.a, smoothing=call.label_smoothing, REDUCTION=call.reduction,
-        DIMS=len(rows.sizes), **rows.arguments(True), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
+        DIMS=len(rows.sizes), **rows.arguments("st"), **call.labels(), **call.samples(), **call.kinds(), **_above(upstream),
         SAME=rows.same, START=chosen.start, ALIGN=chosen.align, R=chosen.r, L=chosen.b, V=chosen.vector,
         TILE=chunks_at_a_time(call.logits.element_size()), **_compiled(chosen),
     )  # fmt: skip

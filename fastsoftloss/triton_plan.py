@@ -76,7 +76,7 @@ def chunks_at_a_time(itemsize: int) -> int:
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward writes the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]
-    if target.is_floating_point() or target.dim() == logits.dim():  # read anew for the gradient, whatever their length
+    if ops.form_of(logits, target) != "index":  # read anew for the gradient, whatever their length
         return int(reduction == _MEAN), gradient
     resident = fits(classes, logits.element_size())
     if classes <= _FLAT_CLASSES or (gradient and resident):

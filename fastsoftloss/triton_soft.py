@@ -10,7 +10,7 @@ A program reads its rows in tiles [A, R, B], class a * B + b of row r, and where
 each step; the rows of a program are few enough for a cache to hold them.
 """
 
-# ruff: noqa: F821, RUF005, SIM102, SIM109 (see triton_finish)
+# ruff: noqa: F821, SIM102, SIM109 (see triton_finish)
 import triton
 import triton.language as tl
 
@@ -49,17 +49,21 @@ def _root(a, b):
 
 
 @triton.jit
-def _read(z_ptr, at, sc, c, reads, K, DTYPE: tl.constexpr):
-    """Logits [A, R, B]; -inf beyond the classes, 0 in a row that asks for nothing."""
+def _read(logits, c, reads, K, DTYPE: tl.constexpr):
+    """Logits [A, R, B]; -inf beyond the classes, 0 in a row that asks for nothing. logits: (pointer, rows, class stride)."""
+    z_ptr, at, sc = logits
     nothing = tl.where(reads, -float("inf"), 0.0)
     return tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < K) & reads, other=nothing).to(DTYPE)
 
 
 @triton.jit
-def _read_target(
-    target_ptr, weight_ptr, at, uc, labels, smooth, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """(u, v) of classes c: w t, and the same with label smoothing. labels: a mixture's two classes and u of each."""
+def _read_target(target, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
+    """(u, v) of classes c: w t, and the same with label smoothing.
+
+    target: (labels, label smoothing's factor and share, class weights), where labels are a mixture's two classes and u of
+    each, or of probabilities (pointer, rows, class stride).
+    """
+    labels, smooth, weight_ptr = target
     w = None
     if weight_ptr is not None:
         if SMOOTH or not MIXTURE:
@@ -67,7 +71,7 @@ def _read_target(
     if MIXTURE:
         u = tl.where(c == labels[0], labels[2], 0.0) + tl.where(c == labels[1], labels[3], 0.0)
     else:
-        u = tl.load(target_ptr + at + c.to(tl.int64) * uc, mask=(c < K) & reads, other=0.0).to(DTYPE)
+        u = tl.load(labels[0] + labels[1] + c.to(tl.int64) * labels[2], mask=(c < K) & reads, other=0.0).to(DTYPE)
         if w is not None:
             u *= w
     if SMOOTH:
@@ -80,23 +84,37 @@ def _read_target(
 
 
 @triton.jit
+def _read_tile(logits, target, ends, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
+    """(z, u, v, who is of the rest, x = z - m and e^x of those, 0 of the others) of classes c. ends: (hi, lo, m)."""
+    hi, lo, m = ends
+    z = _read(logits, c, reads, K, DTYPE)
+    u, v = _read_target(target, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+    rest = (z != -float("inf")) & (c != hi) & (c != lo)
+    x = tl.where(rest, z - m, 0.0)
+    return z, u, v, rest, x, tl.where(rest, _exp(x), 0.0)
+
+
+@triton.jit
 def _of(n, inverse_n, s1, s2, sx, mean, m2, s, p_y, KIND: tl.constexpr):
     """``_penalty`` with A itself."""
     s1 = tl.where(n > 1.0, s1, 1.0)  # of one class it may be anything, and has no spread
     inverse_s1 = 1.0 / s1
     div, a, p, e0, g_y = _penalty(n, inverse_n, s1, inverse_s1, s2, sx, mean, m2, s, p_y, KIND)
-    return div, a * inverse_s1, p, e0, g_y
+    if KIND != LOGIT_VARIANCE:  # a product with 0 is not left out by itself
+        a *= inverse_s1
+    return div, a, p, e0, g_y
 
 
 @triton.jit
-def _slope(a, p, e0, x, e, KIND: tl.constexpr):
-    """What a row gradient gives a class with x and e^x."""
-    return _spread(x, e, None, a, p, e0, 0.0, KIND, False)
+def _slope(of, x, e, KIND: tl.constexpr):
+    """What the row gradient of ``_of`` gives a class with x and e^x."""
+    return _spread(x, e, None, of[1], of[2], of[3], 0.0, KIND, False)
 
 
 @triton.jit
-def _lower(a, p, e0, d, f, KIND: tl.constexpr):
-    """The same row gradient about a base that is lower by -d, with f = e^d."""
+def _lower(of, d, f, KIND: tl.constexpr):
+    """The same about a base that is lower by -d, with f = e^d."""
+    div, a, p, e0 = of
     if KIND == LOGIT_VARIANCE:
         e0 += p * d
     elif KIND == KL:
@@ -104,7 +122,7 @@ def _lower(a, p, e0, d, f, KIND: tl.constexpr):
         p *= f
     else:
         p *= f * f
-    return a * f, p, e0
+    return div, a * f, p, e0
 
 
 @triton.jit
@@ -117,6 +135,23 @@ def _without(x, e, whole_row, KIND: tl.constexpr):
     sx -= e * x
     m2 -= d * d * (n * inverse_left)
     return _of(n - 1.0, inverse_left, left, s2, sx, mean - d * inverse_left, m2, left * p_hi, e * p_hi, KIND)
+
+
+@triton.jit
+def _with(n, mean, m2, more, x, inverse_n):
+    """(mean, sum of squares about it) of n classes and ``more``, 1 or 0, at x; inverse_n: of their number."""
+    d = x - mean
+    step = d * more * inverse_n
+    return mean + step, m2 + n * d * step
+
+
+@triton.jit
+def _add(sums, u, of):
+    """sums + u of: D, and A, P, E0 of its row gradient. Of classes [A, R, B] their sum."""
+    div, a, p, e0 = u * of[0], u * of[1], u * of[2], u * of[3]
+    if len(u.shape) == 3:
+        div, a, p, e0 = _sum(div), _sum(a), _sum(p), _sum(e0)
+    return sums[0] + div, sums[1] + a, sums[2] + p, sums[3] + e0
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
@@ -164,19 +199,18 @@ def soft(
                 factor = none + 1.0
                 outside = (counted_a & (good_a == 0)) | (counted_b & (good_b == 0))
                 live = (counted_a & good_a) | (counted_b & good_b)
-                t_at = _across(tl.zeros((R,), tl.int64))
                 labels = (_across(y_a), _across(y_b), _across(w_a * sample_a), _across(w_b * sample_b))
             else:
                 weight = _row_weights(None, sample_ptr, row, rows, sample_stride, row, here, DTYPE)[1]
                 factor = weight
                 samples = none + 1.0
                 live = here
-                t_at = _across(_offset(row, n1, n2, n3, u0, u1, u2, u3, DIMS))
-                labels = None
+                labels = (target_ptr, _across(_offset(row, n1, n2, n3, u0, u1, u2, u3, DIMS)), uc)
             reads = _across(live)
             eps = _option(smoothing, none)
             smooth = (_across(1.0 - eps), _across(eps * (1.0 / max(K, 1)) * samples))
-            z_at = _across(_offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS))
+            target = (labels, smooth, weight_ptr)
+            logits = (z_ptr, _across(_offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)), sc)
 
             # ---- the two largest logits, the smallest, and what the mean of the others is near
             z_hi, second, z_lo, total, n = none - inf, none - inf, none + inf, none, none
@@ -184,7 +218,7 @@ def soft(
             lo = tl.full((R,), -1, tl.int32)
             for i in range(0, end, A * B):
                 c = column + i
-                z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
+                z = _read(logits, c, reads, K, DTYPE)
                 there = z != -inf
                 top = _max(z)
                 at = tl.min(tl.min(tl.where(z == _across(top), c, K), axis=0), axis=1)
@@ -213,16 +247,13 @@ def soft(
                 about = (total - z_hi - tl.where(n_lo > 0.0, z_lo, 0.0)) * inverse_rest - m
 
             # ---- reduce: the moments of the rest about m, and the sums over the labels
-            m_, hi_, lo_, about_ = _across(m), _across(hi), _across(lo), _across(about)
+            hi_, lo_, about_ = _across(hi), _across(lo), _across(about)
+            ends = (hi_, lo_, _across(m))
             sum1, sum2, sumx, dev1, dev2 = none, none, none, none, none
-            u, u_masked, v_others, v_masked, vx = none, none, none, none, none
+            u, v_others, vx = none, none, none
             for i in range(0, end, A * B):
                 c = column + i
-                z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
-                u_k, v_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)
-                rest = (z != -inf) & (c != hi_) & (c != lo_)
-                x = tl.where(rest, z - m_, 0.0)
-                e = tl.where(rest, _exp(x), 0.0)
+                z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, MIXTURE, SMOOTH, DTYPE)
                 sum1 += _sum(e)
                 if KIND == CHI2 or KIND == VARIANCE:
                     sum2 += _sum(e * e)
@@ -232,19 +263,15 @@ def soft(
                     from_mean = tl.where(rest, x - about_, 0.0)
                     dev1 += _sum(from_mean)
                     dev2 += _sum(from_mean * from_mean)
-                v_others += _sum(tl.where(c == hi_, 0.0, v_k))
-                vx += _sum(v_k * x)
-                v_masked += _sum(tl.where(z == -inf, v_k, 0.0))
+                v_k = tl.where(c == hi_, 0.0, v_k)
+                v_others += _sum(v_k)
+                vx += _sum(tl.where(v_k == 0.0, 0.0, v_k * (z - ends[2])))  # 0 log 0 is 0, and log 0 is -inf
                 if Z_LOSS:
                     u += _sum(u_k)
-                if KIND != 0 and MIXTURE:
-                    u_masked += _sum(tl.where(z == -inf, u_k, 0.0))
-            u_hi, v_hi = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, hi_, reads, K, MIXTURE, SMOOTH, DTYPE)
+            u_hi, v_hi = _read_target(target, hi_, reads, K, MIXTURE, SMOOTH, DTYPE)
             u_hi, v_hi, u_lo, v_lo = _sum(u_hi), _sum(v_hi), none, none
             if ENDS:
-                u_lo, v_lo = _read_target(
-                    target_ptr, weight_ptr, t_at, uc, labels, smooth, tl.maximum(lo_, 0), reads, K, MIXTURE, SMOOTH, DTYPE
-                )
+                u_lo, v_lo = _read_target(target, tl.maximum(lo_, 0), reads, K, MIXTURE, SMOOTH, DTYPE)
                 u_lo, v_lo = tl.where(n_lo > 0.0, _sum(u_lo), 0.0), tl.where(n_lo > 0.0, _sum(v_lo), 0.0)
 
             # ---- finish: cross-entropy, from the largest class's margin
@@ -262,8 +289,7 @@ def soft(
             log1p = _log_sum(odds, whole, odds > 1.0)
             lse = z_hi + log1p
             v = v_others + v_hi
-            ce = v * log1p - vx - (v_others - v_lo - v_masked) * d - v_lo * x_lo
-            ce = tl.where(v_masked == 0.0, ce, inf)
+            ce = v * log1p - vx - v_others * d
             loss = ce
             pull = v
             g_hi = tl.where(odds > 1.0, v * p_hi - v_hi, v_others - v * s_hi)  # the one that does not cancel
@@ -285,66 +311,46 @@ def soft(
                 shift = dev1 * inverse_rest
                 mean = about + shift  # of the rest, about m
                 dev = dev2 - n_rest * shift * shift
-                mean_hi = mean + d  # about z_hi
                 inverse_n = 1.0 / tl.maximum(n, 1.0)
                 inverse_left = 1.0 / tl.maximum(n - 1.0, 1.0)
-                mean_all = (n_rest * mean_hi + x_lo) * inverse_n
-                gap = mean_hi - mean_all
-                dev_all = dev + n_rest * gap * gap + mean_all * mean_all + n_lo * (x_lo - mean_all) * (x_lo - mean_all)
+                mean_lo, dev_lo = _with(n_rest, mean + d, dev, 1.0, 0.0, inverse_left)  # of all but the smallest, about z_hi
+                mean_all, dev_all = _with(n_rest + 1.0, mean_lo, dev_lo, n_lo, x_lo, inverse_n)
                 sum2_all = 1.0 + f * f * sum2
                 sumx_all = f * (sumx + d * sum1)
+                whole_row = (
+                    _across(n), _across(inverse_left), _across(whole), _across(sum2_all), _across(sumx_all),
+                    _across(mean_all), _across(dev_all), _across(p_hi),
+                )  # fmt: skip
                 d_, f_, several_ = _across(d), _across(f), _across(several)
-                whole_row = (_across(n), _across(inverse_left), _across(whole), _across(sum2_all), _across(sumx_all), _across(mean_all))
-                whole_row = whole_row + (_across(dev_all), _across(p_hi))
-                most_a, most_p, most_e0 = none, none, none
+                most = (none, none, none, none)
                 for i in range(0, end, A * B):
-                    c = column + i
-                    z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
-                    u_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)[0]
-                    rest = (z != -inf) & (c != hi_) & (c != lo_)
-                    x = tl.where(rest, z - m_, 0.0)
-                    e = tl.where(rest, _exp(x), 0.0)
-                    of_k = _without(x + d_, f_ * e, whole_row, KIND)
-                    u_k = tl.where(rest & several_, u_k, 0.0)
-                    div += _sum(u_k * of_k[0])
-                    most_a += _sum(u_k * of_k[1])
-                    most_p += _sum(u_k * of_k[2])
-                    most_e0 += _sum(u_k * of_k[3])
+                    z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, column + i, reads, K, MIXTURE, SMOOTH, DTYPE)
+                    most = _add(most, tl.where(rest & several_, u_k, 0.0), _without(x + d_, f_ * e, whole_row, KIND))
                 if MIXTURE:  # a label that is masked has all others beside it
-                    u_masked = tl.where(n > 1.0, u_masked, 0.0)
                     of_none = _of(n, inverse_n, whole, sum2_all, sumx_all, mean_all, dev_all, none + 1.0, none, KIND)
-                    div += u_masked * of_none[0]
-                    most_a += u_masked * of_none[1]
-                    most_p += u_masked * of_none[2]
-                    most_e0 += u_masked * of_none[3]
+                    for i in tl.static_range(2):
+                        masked = _sum(_read(logits, labels[i], reads, K, DTYPE)) == -inf
+                        most = _add(most, tl.where(masked & (n > 1.0), _sum(labels[i + 2]), 0.0), of_none)
                 if weighs:
-                    g_lo += weigh * _slope(most_a, most_p, most_e0, x_lo, e_lo, KIND)
+                    g_lo += weigh * _slope(most, x_lo, e_lo, KIND)
                 if ENDS:
                     # the smallest's complement, about z_hi: the rest and the largest
-                    mean_k = n_rest * mean_hi * inverse_left
-                    gap = mean_hi - mean_k
-                    dev_k = dev + n_rest * gap * gap + mean_k * mean_k
-                    of_lo = _of(n - 1.0, inverse_left, 1.0 + below, none, none, mean_k, dev_k, none, none, KIND)
-                    div += u_lo * of_lo[0]
-                    most_a += u_lo * of_lo[1]
-                    most_p += u_lo * of_lo[2]
-                    most_e0 += u_lo * of_lo[3]
+                    of_lo = _of(n - 1.0, inverse_left, 1.0 + below, none, none, mean_lo, dev_lo, none, none, KIND)
+                    most = _add(most, u_lo, of_lo)
                 # the largest's complement, about m: the rest and the smallest
                 x_k = tl.where(n_lo > 0.0, z_lo - m, 0.0)
                 root = _root(z_lo, m)
                 e_k = root * root
-                mean_k = (n_rest * mean + x_k) * inverse_left
-                gap = mean - mean_k
-                dev_k = dev + n_rest * gap * gap + n_lo * (x_k - mean_k) * (x_k - mean_k)
+                mean_k, dev_k = _with(n_rest, mean, dev, n_lo, x_k, inverse_left)
                 of_hi = _of(n - 1.0, inverse_left, sum1 + e_k, sum2, sumx, mean_k, dev_k, s_hi, p_hi, KIND)
-                div += u_hi * of_hi[0]
                 if weighs:
-                    g_hi += weigh * (u_hi * of_hi[4] + _slope(most_a, most_p, most_e0, none, none + 1.0, KIND))
-                    g_lo += weigh * (u_hi * _slope(of_hi[1], of_hi[2], of_hi[3], x_k, e_k, KIND))
-                    most_a, most_p, most_e0 = _lower(most_a, most_p, most_e0, d, f, KIND)
-                    a += weigh * (most_a + u_hi * of_hi[1])
-                    p += weigh * (most_p + u_hi * of_hi[2])
-                    e0 += weigh * (most_e0 + u_hi * of_hi[3])
+                    g_hi += weigh * (u_hi * of_hi[4] + _slope(most, none, none + 1.0, KIND))
+                    g_lo += weigh * (u_hi * _slope(of_hi, x_k, e_k, KIND))
+                div, a_, p_, e0_ = _add(_lower(most, d, f, KIND), u_hi, of_hi)
+                if weighs:
+                    a += weigh * a_
+                    p += weigh * p_
+                    e0 += weigh * e0_
                     loss += weigh * div
 
             # NaN and +inf make the whole row NaN, as in PyTorch
@@ -366,22 +372,19 @@ def soft(
             # ---- spread
             if g_ptr is not None:
                 scale = tl.where(live, scale * on, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
-                a_, p_, e0_, g_hi_, g_lo_, scale_ = _across(a), _across(p), _across(e0), _across(g_hi), _across(g_lo), _across(scale)
+                row_gradient = (None, _across(a), _across(p), _across(e0))
+                g_hi_, g_lo_, scale_ = _across(g_hi), _across(g_lo), _across(scale)
                 g_at = _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS))
                 for i in range(0, end, A * B):
                     c = column + i
-                    z = _read(z_ptr, z_at, sc, c, reads, K, DTYPE)
-                    u_k, v_k = _read_target(target_ptr, weight_ptr, t_at, uc, labels, smooth, c, reads, K, MIXTURE, SMOOTH, DTYPE)
-                    rest = (z != -inf) & (c != hi_) & (c != lo_)
-                    x = tl.where(rest, z - m_, 0.0)
-                    e = tl.where(rest, _exp(x), 0.0)
-                    dz = _slope(a_, p_, e0_, x, e, KIND)
+                    z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+                    dz = _slope(row_gradient, x, e, KIND)
                     if KIND != 0:
                         x += d_
                         e *= f_
                         of_k = _without(x, e, whole_row, KIND)
                         if weighs:
-                            dz -= tl.where(several_, _across(weigh) * u_k, 0.0) * (_slope(of_k[1], of_k[2], of_k[3], x, e, KIND) - of_k[4])
+                            dz -= tl.where(several_, _across(weigh) * u_k, 0.0) * (_slope(of_k, x, e, KIND) - of_k[4])
                     dz = tl.where(rest, dz, 0.0) - v_k
                     dz = tl.where(c == hi_, g_hi_, tl.where(c == lo_, g_lo_, dz)) * scale_
                     tl.store(g_ptr + g_at + c.to(tl.int64) * tc, dz.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))

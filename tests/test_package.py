@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 import fastsoftloss
-from fastsoftloss import Loss, functional
+from fastsoftloss import Loss, backends, functional, ops
 
 PACKAGE = Path(fastsoftloss.__file__).parent
 
@@ -102,6 +103,24 @@ def test_without_kernels_it_says_why(without_kernels):
     assert "not built" in line and "g++" in line and "pip install" in line
     named = python("-c", CALL.replace("Loss()", "Loss(backend='cpu')"), path=without_kernels)
     assert named.returncode != 0 and "RuntimeError: backend='cpu' is not available" in named.stderr and "pip install" in named.stderr
+
+
+def test_the_warning_names_the_form_that_falls_back(monkeypatch):
+    """Once for each: kernels that take class indices say nothing of a mixture."""
+    kernels, cuda = ops.Operators(None, None, None, forms=("index",)), torch.device("cuda")
+    monkeypatch.setattr(backends, "_best", {})
+    monkeypatch.setattr(backends, "_ready", {"cuda": kernels})
+    monkeypatch.setattr(backends, "_missing", {"triton": "not installed"})
+    monkeypatch.setattr(backends, "_warned", set())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert backends.choose(None, cuda) is kernels
+        for form in ("mixture", "probabilities", "mixture"):
+            assert backends.choose(None, cuda, form) is None
+    for warning, form in zip(seen, ("mixture", "probabilities"), strict=True):
+        message = str(warning.message)
+        assert f"in plain PyTorch on cuda for a target of the form '{form}'" in message
+        assert message.endswith("cuda: it has no kernel for this form; triton: not installed")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
