@@ -281,6 +281,19 @@ def test_masked_classes_and_bad_rows(backend, kind):
 
 
 @pytest.mark.parametrize("kind", DIVERSITIES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_masked_class_costs_its_probability_times_infinity(backend, kind, smoothing):
+    """As PyTorch has it, whatever the sign: a sum of probabilities that cancel is no 0 log 0."""
+    logits, target = torch.randn(5, 6), torch.rand(5, 6)
+    logits[:, 1:3] = -INF
+    target[:, 1:3] = torch.tensor([[0.25, 0.5], [-0.25, -0.5], [NAN, 0.25], [0.25, -0.25], [-0.5, 0.25]])
+    loss = functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing, diversity=kind, backend=backend)
+    expected = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert loss.tolist()[:2] == [INF, -INF] and loss[2:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", DIVERSITIES)
 def test_targets_that_are_learned_get_their_gradient(backend, kind):
     logits, t = torch.randn(4, 5, dtype=F64, requires_grad=True), probabilities(4, 5).requires_grad_()
     assert torch.autograd.gradcheck(lambda z, t: functional.cross_entropy(z, t, diversity=kind, backend=backend), (logits, t))
@@ -304,6 +317,17 @@ def test_no_rows(backend, form, shape, reduction):
     got = functional.cross_entropy(z, target, reduction=reduction, backend=backend)
     torch.testing.assert_close(got, F.cross_entropy(z, torch.zeros(shape), reduction=reduction), equal_nan=True)
     assert torch.autograd.grad(got.sum(), z)[0].shape == shape
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_no_classes(backend, shape, reduction):
+    """A sum of nothing: 0, and a mean of no row that counts."""
+    z = torch.zeros(shape, requires_grad=True)
+    parts = functional.cross_entropy(z, torch.zeros(shape), reduction=reduction, return_components=True, backend=backend)
+    for part in parts:
+        torch.testing.assert_close(part.detach(), F.cross_entropy(z.detach(), torch.zeros(shape), reduction=reduction), equal_nan=True)
+    assert torch.autograd.grad(parts.loss.sum(), z)[0].shape == shape
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
