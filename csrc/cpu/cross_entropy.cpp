@@ -70,7 +70,7 @@ LossSums<T> run_rows(const Job<T>& job, ParallelFor parallel_for) {
   const Kernels<T>& kernels = kernels_of(job);
   const int64_t size = rows_in_block(job), count = (job.rows + size - 1) / size;
   std::vector<LossSums<T>> blocks(count);
-  const auto rows = job.form == Form::probabilities ? kernels.probabilities : kernels.rows;
+  const auto rows = job.form == Form::probabilities && job.classes > 0 ? kernels.probabilities : kernels.rows;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) rows(job, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
   };

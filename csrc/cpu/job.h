@@ -144,7 +144,7 @@ FSL_FN Row<T> locate(const Job<T>& job, const Offsets& at) {
   row.row_weight = T(1), row.scale = job.scale;
   if (!kPlain && job.form == Form::probabilities) {
     row.probabilities = job.target + at.target;
-    row.label = 0, row.class_weight = T(1);
+    row.label = job.classes > 0 ? 0 : kIgnored, row.class_weight = T(1);  // a row without classes does not count
   } else {
     row.label = label_at(job, job.target + at.target);
     row.class_weight = kPlain ? T(1) : class_weight_of(job, row.label);

@@ -155,7 +155,7 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
 template <class U>
 struct Rest {
   RowMoments<U> moments;
-  U u, v, vx, v_masked;  // sums of u, of v, of v (m - z), and of v over the classes that are masked
+  U u, v, vx;  // sums of u, of v, and of v (m - z), where 0 log 0 is 0 and log 0 is -inf
 };
 
 // next: the row or tile to come.
@@ -167,20 +167,17 @@ FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
   const U n = joined<U>(acc.n), m = largest<U>(acc.m), at = select(m == U(-Limits<T>::infinity()), U(0), m);
   const U shift = Needs & kLogits ? joined<U>(acc.total) / max(n, U(1)) - at : U(0);
   acc.shift = V(shift);
-  V u(0), v(0), vx(0), v_masked(0);
+  V u(0), v(0), vx(0);
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     const V zi = V::load(rows.z + i), ui = V::load(rows.u + i), vi = V(0) - V::load(rows.own + i);
     __builtin_prefetch(next.logits + i * sizeof(T));
     __builtin_prefetch(next.probabilities + i * sizeof(T));
     acc.add(zi, V(at), ui).store(rows.exps + i);
-    const auto there = zi > V(-Limits<T>::infinity());
     u = u + ui;
     v = v + vi;
-    vx = vx + select(there, vi * (V(at) - zi), V(0));
-    v_masked = v_masked + select(there, V(0), vi);
+    vx = vx + select(vi == V(0), V(0), vi * (V(at) - zi));
   }
-  return {moments<Needs>(acc, n, m, shift, [](V lanes) { return joined<U>(lanes); }), joined<U>(u), joined<U>(v), joined<U>(vx),
-          joined<U>(v_masked)};
+  return {moments<Needs>(acc, n, m, shift, [](V lanes) { return joined<U>(lanes); }), joined<U>(u), joined<U>(v), joined<U>(vx)};
 }
 
 // The moments of all classes, about their largest, less one of them that is no extreme.
@@ -283,8 +280,7 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
   const U v_others = rest.v + rows.v_of[1], v = v_others + rows.v_of[0], u = rest.u + rows.u_of[0] + rows.u_of[1];
   const U lse = rows.z_of[0] + top.ce, slope = U(T(2 * o.z_loss)) * u * lse;
   // sum of v_k (lse - z_k), each term positive where v is
-  U ce = v * top.ce + (rest.vx - (rest.v - rest.v_masked) * step) + rows.v_of[1] * to_low;
-  ce = select(rest.v_masked == zero, ce, U(Limits<T>::infinity()));
+  const U ce = v * top.ce + (rest.vx - rest.v * step) + rows.v_of[1] * to_low;
 
   RowGradient<U> g;
   g.a = (v + slope) * exp(max(step, U(-1000))) / all.s1;
