@@ -72,7 +72,7 @@ cudaError_t forward(Job<T> job, const Plan& p, cudaStream_t stream) {
     divisors<<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares), const_cast<int16_t*>(job.labels));
     launch_rows<S>(job, p, stream);
   } else {
-    job.counter = nullptr, job.shares = nullptr;
+    job.counter = nullptr, job.shares = nullptr, job.labels = nullptr;  // an empty gradient has no address either
     launch_rows<S>(job, p, stream);
     if (reduced) total<<<1, 256, 0, stream>>>(job, int(p.blocks));
   }
