@@ -129,7 +129,7 @@ def plan(
         splits = min(-(-chunks // 8), max(1, -(-wanted * r // max(rows, 1))))
         each = -(-chunks // splits)
         splits = -(-chunks // each)
-        warps, registers = max(1, lanes // 32), None if kept else 96
+        warps, registers = max(1, lanes // 32), None if kept else 128
         return Plan(resident, ROWS, each, r, lanes, vector, 0, align, start, warps, registers, -(-rows // r) * splits, splits)
 
     run = 0
@@ -145,7 +145,7 @@ def plan(
         b = max(8, _pow2(-(-classes // each)))
         warps, r = max(1, b // 32), max(1, 32 // b)
         a = -(-places // (b * vector))
-        registers = _REGISTERS if gradient else 200
+        registers = _REGISTERS
     else:
         access, vector = STRIDED, 1
         padded = _pow2(classes)
