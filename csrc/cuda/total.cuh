@@ -60,12 +60,12 @@ template <class T>
 __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
   T sum[1] = {0};
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < job.rows; first += 4 * stride) {
-    int label[4];  // that wait for memory together
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < job.rows; first += 2 * stride) {
+    int label[2];  // that wait for memory together
 #pragma unroll
-    for (int i = 0; i < 4; ++i) label[i] = first + i * stride < job.rows ? label_of(job, first + i * stride) : kIgnored;
+    for (int i = 0; i < 2; ++i) label[i] = first + i * stride < job.rows ? label_of(job, first + i * stride) : kIgnored;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const int64_t r = first + i * stride;
       if (labels && r < job.rows) labels[r] = int16_t(label[i]);
       if (label[i] != kIgnored) sum[0] += Weights<T>(job, r, label[i]).both();
