@@ -138,7 +138,7 @@ FSL_DEVICE void row_without_label(const Job<T>& job, const Group<T>& group, int6
 // A row from its logits to its losses and its gradient, by a group. The gradient may be written over the logits.
 template <Storage S, class T>
 FSL_DEVICE void careful_row(const Job<T>& job, const Group<T>& group, int64_t r, const Row<T>& row, int64_t step, int64_t gradient_step,
-                            T scale, bool gradient, Tally<T>& tally) {
+                            const T& scale, bool gradient, Tally<T>& tally) {
   const T* weight = job.options.label_smoothing != 0 ? job.class_weight : nullptr;
   T weight_sum = T(job.classes);
   const RowMoments<T> moments = careful_reduce<S>(group, row.logits, step, 0, job.classes, row.label, weight, &weight_sum);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kCarefulBlock, sizeof(T) == 4 ? 8 : 4) careful
   const Group<T> group(lanes, nullptr);
   __shared__ Tally<T> tallies[kCarefulBlock];  // registers are short
   Tally<T>& tally = tallies[threadIdx.x] = {};
-  const T scale = scale_of_all(job);
+  const T& scale = scale_of_all(job);  // registers are short
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
     const Row<T> row = locate(job, r);
     if (settled(job, row)) continue;

@@ -59,17 +59,11 @@ __global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job,
 template <class T>
 __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
   T sum[1] = {0};
-  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < job.rows; first += 2 * stride) {
-    int label[2];  // that wait for memory together
-#pragma unroll
-    for (int i = 0; i < 2; ++i) label[i] = first + i * stride < job.rows ? label_of(job, first + i * stride) : kIgnored;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t r = first + i * stride;
-      if (labels && r < job.rows) labels[r] = int16_t(label[i]);
-      if (label[i] != kIgnored) sum[0] += Weights<T>(job, r, label[i]).both();
-    }
+#pragma unroll 1  // the trip count would be a division
+  for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
+    const int label = label_of(job, r);
+    if (labels) labels[r] = int16_t(label);
+    if (label != kIgnored) sum[0] += Weights<T>(job, r, label).both();
   }
   block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -138,16 +132,15 @@ FSL_DEVICE bool settled(const Job<T>& job, const Row<T>& row) {
 // What all gradients are multiplied by: the upstream gradient where it is one, over the mean's divisor. By all threads of a
 // block, once; one of them divides for all.
 template <class T>
-FSL_DEVICE T scale_of_all(const Job<T>& job) {
-  if (!job.shares && !job.one_upstream) return T(1);  // a forward without gradient divides at the end
+FSL_DEVICE const T& scale_of_all(const Job<T>& job) {
   __shared__ T scale;
   if (threadIdx.x < 32) {
-    T divisor = 1;
+    T divisor = 1;  // a forward without gradient divides at the end
     if (job.shares) {
       T sum = 0;
       for (int i = threadIdx.x; i < job.share_count; i += 32) sum += job.shares[i];
       divisor = warp_sum(sum);
-    } else if (job.mean) {
+    } else if (job.one_upstream && job.mean) {
       divisor = *job.divisor;
     }
     if (threadIdx.x == 0) scale = (job.one_upstream ? *job.one_upstream : T(1)) / divisor;
