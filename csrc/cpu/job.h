@@ -125,13 +125,12 @@ struct Walk {
  private:
   void carry() {
     int d = job->row_dims - 1;
-    left = index[d] = job->row_size[d];
-    while (d > 0 && index[d] == job->row_size[d]) {
+    left = job->row_size[d];
+    do {  // back to where dimension d starts, and on by one in that before it
       at.add(job->row_step[d], -job->row_size[d]);
       index[d--] = 0;
       at.add(job->row_step[d]);
-      ++index[d];
-    }
+    } while (++index[d] == job->row_size[d] && d > 0);
   }
 };
 
