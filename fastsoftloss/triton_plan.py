@@ -134,7 +134,7 @@ def plan(
 
     run = 0
     if by_vector and same and tuple(row_strides) == (classes,) and 1 <= classes <= _FLAT_CLASSES and itemsize < 8:
-        access, warps, registers, vector = FLAT, 2, 128, 1
+        access, warps, registers, vector = FLAT, 2, _REGISTERS, 1
         b = _pow2(-(-classes // 32))
         a, r = _pow2(-(-classes // b)), 32 * warps // b
         run = _pow2(r * classes)
@@ -170,5 +170,4 @@ def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> S
     a = min(each, _pow2(-(-classes // b)))
     warps = max(4, b // 32)
     r = 32 * warps // b
-    registers = 248  # with 255 ptxas spills two of reverse_kl's on sm_90
-    return SoftPlan(a, r, b, warps, registers, min(-(-rows // r), 32 // warps * multiprocessors))
+    return SoftPlan(a, r, b, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))

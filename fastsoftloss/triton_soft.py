@@ -49,11 +49,19 @@ def _root(a, b):
 
 
 @triton.jit
+def _at(rows, c):
+    """Pointers to classes c [A, R, B] of rows: (pointer, where each row begins, class stride)."""
+    ptr, start, stride = rows
+    lane = tl.expand_dims(tl.expand_dims(tl.arange(0, c.shape[2]), 0), 0)
+    # by way of each lane's first: from there on the steps are constants, which take no register
+    return ptr + (start + lane.to(tl.int64) * stride) + (c - lane).to(tl.int64) * stride
+
+
+@triton.jit
 def _read(logits, c, reads, K, DTYPE: tl.constexpr):
-    """Logits [A, R, B]; -inf beyond the classes, 0 in a row that asks for nothing. logits: (pointer, rows, class stride)."""
-    z_ptr, at, sc = logits
+    """Logits [A, R, B], which lie as ``_at`` has them; -inf beyond the classes, 0 in a row that asks for nothing."""
     nothing = tl.where(reads, -float("inf"), 0.0)
-    return tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < K) & reads, other=nothing).to(DTYPE)
+    return tl.load(_at(logits, c), mask=(c < K) & reads, other=nothing).to(DTYPE)
 
 
 @triton.jit
@@ -61,7 +69,7 @@ def _read_target(target, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexp
     """(u, v) of classes c: w t, and the same with label smoothing.
 
     target: (labels, label smoothing's factor and share, class weights), where labels are a mixture's two classes and u of
-    each, or of probabilities (pointer, rows, class stride).
+    each, or probabilities, which lie as ``_at`` has them.
     """
     labels, smooth, weight_ptr = target
     w = None
@@ -71,7 +79,7 @@ def _read_target(target, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexp
     if MIXTURE:
         u = tl.where(c == labels[0], labels[2], 0.0) + tl.where(c == labels[1], labels[3], 0.0)
     else:
-        u = tl.load(labels[0] + labels[1] + c.to(tl.int64) * labels[2], mask=(c < K) & reads, other=0.0).to(DTYPE)
+        u = tl.load(_at(labels, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
         if w is not None:
             u *= w
     if SMOOTH:
@@ -374,7 +382,7 @@ def soft(
                 scale = tl.where(live, scale * on, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
                 row_gradient = (None, _across(a), _across(p), _across(e0))
                 g_hi_, g_lo_, scale_ = _across(g_hi), _across(g_lo), _across(scale)
-                g_at = _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS))
+                gradient = (g_ptr, _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)), tc)
                 for i in range(0, end, A * B):
                     c = column + i
                     z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, MIXTURE, SMOOTH, DTYPE)
@@ -387,7 +395,7 @@ def soft(
                             dz -= tl.where(several_, _across(weigh) * u_k, 0.0) * (_slope(of_k, x, e, KIND) - of_k[4])
                     dz = tl.where(rest, dz, 0.0) - v_k
                     dz = tl.where(c == hi_, g_hi_, tl.where(c == lo_, g_lo_, dz)) * scale_
-                    tl.store(g_ptr + g_at + c.to(tl.int64) * tc, dz.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))
+                    tl.store(_at(gradient, c), dz.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))
     if loss_ptr is not None and REDUCTION != NONE:
         _keep_totals(
             partials_ptr, divisor_ptr, loss_ptr, parts_ptr, counter_ptr,
