@@ -16,7 +16,8 @@ from fastsoftloss import ops, reference
 from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
 from fastsoftloss import triton_rows as long
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, outputs, plan, soft_plan
+from fastsoftloss.triton_mixture import mixture
+from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, mixture_plan, outputs, plan, soft_plan
 from fastsoftloss.triton_soft import soft
 
 _NONE, _MEAN = (ops.REDUCTIONS.index(name) for name in ("none", "mean"))
@@ -298,23 +299,21 @@ def _soft(
     """``_resident`` for targets of more than one label."""
     shares = pointers.get("shares_ptr")
     outputs = {f"{name}_ptr": None for name in ("loss", "parts", "partials", "divisor", "shares", "counter")} | pointers
-    mixture = call.form == "mixture"
-    target, sample_weight = call.target, call.sample_weight
-    place = rows.arguments("stu")
-    if mixture:  # its two labels stand first
-        target = target.reshape(2, -1)
-        place |= {"u0": 0, "u1": 0, "u2": 0, "u3": target.stride(1), "uc": target.stride(0)}
-    samples: dict[str, Any] = {"sample_ptr": None, "sample_stride": 0, "sample_step": 0}
-    if sample_weight is not None:
-        sample_weight = sample_weight.reshape(2 if mixture else 1, -1)
-        samples = {"sample_ptr": sample_weight, "sample_stride": sample_weight.stride(1), "sample_step": sample_weight.stride(0)}
-    soft[(chosen.programs,)](
-        z_ptr=call.logits, g_ptr=gradient, target_ptr=target, weight_ptr=call.weight if call.logits.numel() else None,
-        rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), ignore_index=call.ignore_index,
-        **place, **samples, **call.values(), **call.kinds(), **above, **outputs,
-        MIXTURE=mixture, RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
-        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b,
-        COPIES=max(1, 32 * chosen.warps // chosen.r), **_compiled(chosen),
+    own: dict[str, Any]
+    if call.form == "mixture":  # one label of every row, then the other
+        kernel = mixture
+        pair = None if call.sample_weight is None else call.sample_weight.reshape(2, -1)  # often one number for all rows
+        strides = (0, 0) if pair is None else pair.stride()
+        own = call.labels() | rows.arguments("st") | {"sample_ptr": pair, "sample_step": strides[0], "sample_stride": strides[1]}
+        own |= {"P": chosen.run, "COPIES": max(1, 32 * chosen.warps // chosen.r)}
+    else:
+        kernel = soft
+        own = call.samples() | rows.arguments("stu") | {"target_ptr": call.target, "weight_ptr": call.weight}
+    kernel[(chosen.programs,)](
+        z_ptr=call.logits, g_ptr=gradient, rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes),
+        **call.values(), **call.kinds(), **above, **(own | outputs),
+        RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
+        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, **_compiled(chosen),
     )  # fmt: skip
 
 
@@ -334,7 +333,10 @@ def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | 
     rows = _Rows(call.logits, dlogits, probabilities)
     if call.form == "index":
         return call, rows, rows.plan(call.logits, dlogits is not None), dlogits
-    return call, rows, soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device)), dlogits
+    size = rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device)
+    if call.form == "mixture":
+        return call, rows, mixture_plan(rows.plan(call.logits), *size), dlogits
+    return call, rows, soft_plan(*size), dlogits
 
 
 def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequence[Any], rescale: bool) -> Tensor:

@@ -73,6 +73,38 @@ def _squares(x, mean, inside):
     return _dot(d, d, inside)
 
 
+@triton.jit
+def _load_run(ptr, tile, rows, K, A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
+    """(R rows of contiguous classes, by one run of memory and an exchange on chip; their classes), [A, R, B]; something beyond the classes."""
+    flat = tl.arange(0, P)
+    start = tl.cast(tile, tl.int64) * (R * K)
+    count = (rows - tile * R) * K
+    if count >= R * K:  # its own branch: a mask with a run-time bound would break up the 16-byte accesses
+        run = tl.load(ptr + start + flat, mask=flat < R * K, other=0.0)
+    else:
+        run = tl.load(ptr + start + flat, mask=flat < count, other=0.0)
+    j = tl.reshape(tl.arange(0, A * R * B), (A, R, B))
+    c = (j // (R * B)) * B + j % B
+    index = tl.where(c < K, (j // B) % R * K + c, 0)
+    return tl.reshape(tl.gather(run, tl.reshape(index, (A * R * B,)), 0), (A, R, B)), c
+
+
+@triton.jit
+def _store_run(ptr, tile, rows, K, t, A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
+    """The way back."""
+    flat = tl.arange(0, P)
+    r = flat // K
+    k = flat % K
+    back = tl.minimum((k // B) * (R * B) + r * B + k % B, A * R * B - 1)
+    run = tl.gather(tl.reshape(t, (A * R * B,)), back, 0)
+    start = tl.cast(tile, tl.int64) * (R * K)
+    count = (rows - tile * R) * K
+    if count >= R * K:
+        tl.store(ptr + start + flat, run, mask=flat < R * K)
+    else:
+        tl.store(ptr + start + flat, run, mask=flat < count)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def resident(
     z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr, divisor_ptr, shares_ptr, counter_ptr,
@@ -114,20 +146,9 @@ def resident(
             g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
             # ---- load
             if ACCESS == FLAT:
-                flat = tl.arange(0, P)
-                start = tl.cast(tile, tl.int64) * (R * K)
-                count = (rows - tile * R) * K
-                whole = count >= R * K
-                if whole:  # its own branch: a mask with a run-time bound would break up the 16-byte loads
-                    run = tl.load(z_ptr + start + flat, mask=flat < R * K, other=0.0)
-                else:
-                    run = tl.load(z_ptr + start + flat, mask=flat < count, other=0.0)
-                j = tl.reshape(tl.arange(0, A * R * B), (A, R, B))
-                c = (j // (R * B)) * B + j % B
-                index = tl.where(c < K, (j // B) % R * K + c, 0)
-                z = tl.reshape(tl.gather(run, tl.reshape(index, (A * R * B,)), 0), (A, R, B)).to(DTYPE)
+                z, c = _load_run(z_ptr, tile, rows, K, A, R, B, P)
                 exists = c < K
-                z = tl.where(reads, tl.where(exists, z, -inf), 0.0)
+                z = tl.where(reads, tl.where(exists, z.to(DTYPE), -inf), 0.0)
             else:
                 c = column
                 exists = c < K
@@ -206,19 +227,11 @@ def resident(
                         dz = _spread_holes(dz, z, w, a, ew, SMOOTH)
                 dz = tl.where(is_y, _across(g_y * scale), dz)
                 dz = dz.to(g_ptr.dtype.element_ty)
-                there = _across(row < rows)
                 if ACCESS == FLAT:
-                    r = flat // K
-                    k = flat % K
-                    back = tl.minimum((k // B) * (R * B) + r * B + k % B, A * R * B - 1)
-                    run = tl.gather(tl.reshape(dz, (A * R * B,)), back, 0)
-                    if whole:
-                        tl.store(g_ptr + start + flat, run, mask=flat < R * K)
-                    else:
-                        tl.store(g_ptr + start + flat, run, mask=flat < count)
+                    _store_run(g_ptr, tile, rows, K, dz, A, R, B, P)
                 else:
                     g_step = c.to(tl.int64) * tc if WIDE else c * tc
-                    tl.store(g_ptr + _across(g_row) + g_step, dz, mask=exists & there)
+                    tl.store(g_ptr + _across(g_row) + g_step, dz, mask=exists & _across(row < rows))
     if loss_ptr is not None and REDUCTION != NONE:
         _keep_totals(
             partials_ptr, divisor_ptr, loss_ptr, parts_ptr, counter_ptr,

@@ -58,8 +58,9 @@ class SoftPlan(NamedTuple):
     a: int
     r: int
     b: int
+    run: int  # this and ``registers`` as of ``Plan``
     warps: int
-    registers: int  # as of ``Plan``
+    registers: int
     programs: int
 
 
@@ -163,11 +164,19 @@ def plan(
     return Plan(True, access, a, r, b, vector, run, align, start, warps, registers, programs, 1)
 
 
-def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
-    """The plan for ``rows`` x ``classes`` logits and a target of more than one label."""
-    each = 16 if itemsize < 8 else 4  # more would spill
+def mixture_plan(index: Plan, rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
+    """The plan for two labels a row: that for one, ``index``, where its tiles are of the same kind and a thread has but one row."""
+    threads = 32 * index.warps
+    if index.access != ROWS and index.r * index.b <= threads and _REGISTERS * threads <= _ALL_REGISTERS:
+        return SoftPlan(index.a, index.r, index.b, index.run, index.warps, _REGISTERS, index.programs)
+    return soft_plan(rows, classes, itemsize, multiprocessors, 32)
+
+
+def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int, most: int = 16) -> SoftPlan:
+    """The plan for ``rows`` x ``classes`` logits and class probabilities; ``most``: 32-bit elements a thread, more would spill."""
+    each = most if itemsize < 8 else most // 4
     b = min(256, max(2, _pow2(-(-classes // each))))  # with one the classes would be dealt out to threads as neighbours
     a = min(each, _pow2(-(-classes // b)))
     warps = max(4, b // 32)
     r = 32 * warps // b
-    return SoftPlan(a, r, b, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))
+    return SoftPlan(a, r, b, 0, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))

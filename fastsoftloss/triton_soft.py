@@ -1,4 +1,4 @@
-"""Rows whose target is more than one label: class probabilities, or two labels and their weights.
+"""Rows whose target is class probabilities.
 
 The loss is the one expected over the label, sum_k u_k loss(k) with u = w t. D_k leaves class k out, and taken from the sums
 over the whole row that is a subtraction, which cancels where k is most of a sum: of exps only the largest logit is, of
@@ -10,7 +10,7 @@ A program reads its rows in tiles [A, R, B], class a * B + b of row r, and where
 each step; the rows of a program are few enough for a cache to hold them.
 """
 
-# ruff: noqa: F821, SIM102, SIM109 (see triton_finish)
+# ruff: noqa: F821, SIM109 (see triton_finish)
 import triton
 import triton.language as tl
 
@@ -26,7 +26,6 @@ from fastsoftloss.triton_finish import (
     _exp_exact,
     _keep_rows,
     _keep_totals,
-    _labels_once,
     _log_sum,
     _offset,
     _option,
@@ -65,23 +64,18 @@ def _read(logits, c, reads, K, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _read_target(target, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
+def _read_target(target, c, reads, K, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
     """(u, v) of classes c: w t, and the same with label smoothing.
 
-    target: (labels, label smoothing's factor and share, class weights), where labels are a mixture's two classes and u of
-    each, or probabilities, which lie as ``_at`` has them.
+    target: (probabilities, which lie as ``_at`` has them, label smoothing's factor and share, class weights).
     """
-    labels, smooth, weight_ptr = target
+    probabilities, smooth, weight_ptr = target
     w = None
     if weight_ptr is not None:
-        if SMOOTH or not MIXTURE:
-            w = tl.load(weight_ptr + c, mask=c < K, other=0.0)
-    if MIXTURE:
-        u = tl.where(c == labels[0], labels[2], 0.0) + tl.where(c == labels[1], labels[3], 0.0)
-    else:
-        u = tl.load(_at(labels, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
-        if w is not None:
-            u *= w
+        w = tl.load(weight_ptr + c, mask=c < K, other=0.0)
+    u = tl.load(_at(probabilities, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
+    if w is not None:
+        u *= w
     if SMOOTH:
         if w is None:
             return u, smooth[0] * u + tl.where(c < K, smooth[1], 0.0)
@@ -92,11 +86,11 @@ def _read_target(target, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexp
 
 
 @triton.jit
-def _read_tile(logits, target, ends, c, reads, K, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
+def _read_tile(logits, target, ends, c, reads, K, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
     """(z, u, v, who is of the rest, x = z - m and e^x of those, 0 of the others) of classes c. ends: (hi, lo, m)."""
     hi, lo, m = ends
     z = _read(logits, c, reads, K, DTYPE)
-    u, v = _read_target(target, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+    u, v = _read_target(target, c, reads, K, SMOOTH, DTYPE)
     rest = (z != -float("inf")) & (c != hi) & (c != lo)
     x = tl.where(rest, z - m, 0.0)
     return z, u, v, rest, x, tl.where(rest, _exp(x), 0.0)
@@ -165,15 +159,15 @@ def _add(sums, u, of):
 @triton.jit(do_not_specialize=["rows", "classes"])
 def soft(
     z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr, divisor_ptr, shares_ptr, counter_ptr,
-    rows, classes, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, u0, u1, u2, u3, uc, sample_stride, sample_step, upstream_stride,
-    ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
+    rows, classes, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, u0, u1, u2, u3, uc, sample_stride, upstream_stride,
+    smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
-    MIXTURE: tl.constexpr, DIMS: tl.constexpr, RESCALE: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, SHARES: tl.constexpr,
-    A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, COPIES: tl.constexpr,
+    DIMS: tl.constexpr, RESCALE: tl.constexpr, UPSTREAM_ROWS: tl.constexpr, SHARES: tl.constexpr,
+    A: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The loss, and the gradient where g_ptr is given; pointers as ``triton_kernels.resident`` has them.
 
-    u0..u3, uc: strides of class probabilities over the rows and classes, or of a mixture's labels (u3) and of its two (uc).
+    u0..u3, uc: strides of the probabilities over the rows and classes.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -189,35 +183,12 @@ def soft(
         row = tile * R + tl.arange(0, R)
         scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
         if work:
-            # ---- the target's weights, row by row
             here = row < rows
-            outside = row < 0
-            if MIXTURE:
-                y_a, counted_a, good_a = _labels_once(target_ptr, row, rows, u3, ignore_index, K, COPIES)
-                y_b, counted_b, good_b = _labels_once(target_ptr + tl.cast(uc, tl.int64), row, rows, u3, ignore_index, K, COPIES)
-                w_a, sample_a = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y_a, counted_a, DTYPE)
-                second_ptr = sample_ptr
-                if sample_ptr is not None:
-                    second_ptr = sample_ptr + sample_step
-                w_b, sample_b = _row_weights(weight_ptr, second_ptr, row, rows, sample_stride, y_b, counted_b, DTYPE)
-                weight = w_a * sample_a + w_b * sample_b
-                sample_a = tl.where(good_a, sample_a, 0.0)
-                sample_b = tl.where(good_b, sample_b, 0.0)
-                samples = sample_a + sample_b
-                factor = none + 1.0
-                outside = (counted_a & (good_a == 0)) | (counted_b & (good_b == 0))
-                live = (counted_a & good_a) | (counted_b & good_b)
-                labels = (_across(y_a), _across(y_b), _across(w_a * sample_a), _across(w_b * sample_b))
-            else:
-                weight = _row_weights(None, sample_ptr, row, rows, sample_stride, row, here, DTYPE)[1]
-                factor = weight
-                samples = none + 1.0
-                live = here
-                labels = (target_ptr, _across(_offset(row, n1, n2, n3, u0, u1, u2, u3, DIMS)), uc)
-            reads = _across(live)
+            sample = _row_weights(None, sample_ptr, row, rows, sample_stride, row, here, DTYPE)[1]
+            reads = _across(here)
             eps = _option(smoothing, none)
-            smooth = (_across(1.0 - eps), _across(eps * (1.0 / max(K, 1)) * samples))
-            target = (labels, smooth, weight_ptr)
+            probabilities = (target_ptr, _across(_offset(row, n1, n2, n3, u0, u1, u2, u3, DIMS)), uc)
+            target = (probabilities, (_across(1.0 - eps), _across(eps * (1.0 / max(K, 1)))), weight_ptr)
             logits = (z_ptr, _across(_offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)), sc)
 
             # ---- the two largest logits, the smallest, and what the mean of the others is near
@@ -261,7 +232,7 @@ def soft(
             u, v_others, vx = none, none, none
             for i in range(0, end, A * B):
                 c = column + i
-                z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+                z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, SMOOTH, DTYPE)
                 sum1 += _sum(e)
                 if KIND == CHI2 or KIND == VARIANCE:
                     sum2 += _sum(e * e)
@@ -276,10 +247,10 @@ def soft(
                 vx += _sum(tl.where(v_k == 0.0, 0.0, v_k * (z - ends[2])))  # 0 log 0 is 0, and log 0 is -inf
                 if Z_LOSS:
                     u += _sum(u_k)
-            u_hi, v_hi = _read_target(target, hi_, reads, K, MIXTURE, SMOOTH, DTYPE)
+            u_hi, v_hi = _read_target(target, hi_, reads, K, SMOOTH, DTYPE)
             u_hi, v_hi, u_lo, v_lo = _sum(u_hi), _sum(v_hi), none, none
             if ENDS:
-                u_lo, v_lo = _read_target(target, tl.maximum(lo_, 0), reads, K, MIXTURE, SMOOTH, DTYPE)
+                u_lo, v_lo = _read_target(target, tl.maximum(lo_, 0), reads, K, SMOOTH, DTYPE)
                 u_lo, v_lo = tl.where(n_lo > 0.0, _sum(u_lo), 0.0), tl.where(n_lo > 0.0, _sum(v_lo), 0.0)
 
             # ---- finish: cross-entropy, from the largest class's margin
@@ -332,13 +303,8 @@ def soft(
                 d_, f_, several_ = _across(d), _across(f), _across(several)
                 most = (none, none, none, none)
                 for i in range(0, end, A * B):
-                    z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, column + i, reads, K, MIXTURE, SMOOTH, DTYPE)
+                    z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, column + i, reads, K, SMOOTH, DTYPE)
                     most = _add(most, tl.where(rest & several_, u_k, 0.0), _without(x + d_, f_ * e, whole_row, KIND))
-                if MIXTURE:  # a label that is masked has all others beside it
-                    of_none = _of(n, inverse_n, whole, sum2_all, sumx_all, mean_all, dev_all, none + 1.0, none, KIND)
-                    for i in tl.static_range(2):
-                        masked = _sum(_read(logits, labels[i], reads, K, DTYPE)) == -inf
-                        most = _add(most, tl.where(masked & (n > 1.0), _sum(labels[i + 2]), 0.0), of_none)
                 if weighs:
                     g_lo += weigh * _slope(most, x_lo, e_lo, KIND)
                 if ENDS:
@@ -362,30 +328,28 @@ def soft(
                     loss += weigh * div
 
             # NaN and +inf make the whole row NaN, as in PyTorch
-            on = tl.where((sum1 != sum1) | (z_hi == inf) | (z_hi == -inf), float("nan"), factor)
+            on = tl.where((sum1 != sum1) | (z_hi == inf) | (z_hi == -inf), float("nan"), sample)
             if loss_ptr is not None:
-                counts = here & live
-                wrong = tl.where(outside, float("nan"), 0.0)
-                loss = tl.where(counts, loss * on, 0.0) + wrong
-                ce = tl.where(counts, ce * on, 0.0) + wrong
-                div = tl.where(counts, div * on, 0.0)
+                loss = tl.where(here, loss * on, 0.0)
+                ce = tl.where(here, ce * on, 0.0)
+                div = tl.where(here, div * on, 0.0)
                 if REDUCTION == NONE:
                     _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div)
                 else:
                     acc += loss
-                    acc_w += weight
+                    acc_w += sample
                     acc_ce += ce
                     acc_div += div
 
             # ---- spread
             if g_ptr is not None:
-                scale = tl.where(live, scale * on, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
+                scale = tl.where(here, scale * on, 0.0)
                 row_gradient = (None, _across(a), _across(p), _across(e0))
                 g_hi_, g_lo_, scale_ = _across(g_hi), _across(g_lo), _across(scale)
                 gradient = (g_ptr, _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)), tc)
                 for i in range(0, end, A * B):
                     c = column + i
-                    z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, MIXTURE, SMOOTH, DTYPE)
+                    z, u_k, v_k, rest, x, e = _read_tile(logits, target, ends, c, reads, K, SMOOTH, DTYPE)
                     dz = _slope(row_gradient, x, e, KIND)
                     if KIND != 0:
                         x += d_

@@ -23,8 +23,8 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsoftloss import ops, triton_finish, triton_kernels, triton_rows, triton_soft
-from fastsoftloss.triton_plan import chunks_at_a_time, plan, soft_plan
+from fastsoftloss import ops, triton_finish, triton_kernels, triton_mixture, triton_rows, triton_soft
+from fastsoftloss.triton_plan import chunks_at_a_time, mixture_plan, plan, soft_plan
 
 EVERY = os.environ.get("FASTSOFTLOSS_TEST_EVERY") == "1"
 ARCHITECTURES = (80, 90, 100, 120, "gfx942")
@@ -64,12 +64,15 @@ CASES = {
     "spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=PLAIN),
     "long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=PLAIN),
     "probabilities": Case(triton_soft.soft, 100, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
-    "mixture": Case(triton_soft.soft, 1000, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "flat mixture": Case(triton_mixture.mixture, 100, gradient=True, absent=MIXED, form="mixture"),
+    "strided mixture": Case(triton_mixture.mixture, 19, 4096, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "long mixture": Case(triton_mixture.mixture, 50257, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "mixture": Case(triton_mixture.mixture, 1000, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
     "long probabilities": Case(triton_soft.soft, 50257, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
     "total": Case(triton_finish.total, 1, absent=("parts_ptr",), loads=False, stores=False),
     "divisors": Case(triton_finish.divisors, 1, absent=PLAIN, loads=False, stores=False),
 }
-NEVER = (("flat", "fp64"), ("wide flat", "fp64"), ("widest", "fp64"))  # the plan gives those rows to other kernels: here they would spill
+NEVER = tuple((name, "fp64") for name in ("flat", "wide flat", "flat mixture", "widest"))  # rows that the plan gives to other kernels
 NO_LOGITS = ("long_finish", "total", "divisors")
 POINTERS = {"target_ptr": "*i64", "counter_ptr": "*i32", "z_ptr": "*Z", "g_ptr": "*Z"}  # the others: the dtype of the arithmetic
 DOUBLES = ("smoothing", "diversity_weight", "z_loss")
@@ -79,19 +82,21 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     """The kernel with every run-time stride that the host could pass."""
     case = CASES[name]
     k, s = case.classes, case.class_stride
-    p: Any
-    if case.form == "index":
-        p = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept)
-    else:
+    p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept)
+    if case.form == "probabilities":
         p = soft_plan(4096, k, BYTES[dtype], 132)
+    if case.form == "mixture":
+        p = mixture_plan(p, 4096, k, BYTES[dtype], 132)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
         "KIND": diversity, "SMOOTH": False, "Z_LOSS": False, "REDUCTION": 1, "DIMS": 1, "SAME": True, "WIDE": False, "RESCALE": False,
         "UPSTREAM_ROWS": False, "SHARES": 1, "COPIES": max(1, 32 * p.warps // p.r), "K": k, "A": p.a, "R": p.r, "B": p.b, "L": p.b,
-        "MIXTURE": case.form == "mixture", "SPLITS": 1, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
+        "SPLITS": 1, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
     }  # fmt: skip
+    if case.form != "probabilities":
+        constants |= {"P": p.run}
     if case.form == "index":
-        constants |= {"ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector, "P": p.run}
+        constants |= {"ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector}
     if name in NO_LOGITS:
         constants |= {"R": 512, "BLOCK": 1024}
     signature: dict[str, str] = {}

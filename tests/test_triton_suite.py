@@ -35,7 +35,8 @@ SIMULATOR = {
     "test_kernel": "other_backends",
     "test_exactness": "triton and (every_margin or gap_of_25) and (10- or 1000- or 25)",
     "test_features": "triton",
-    "test_soft_targets": "triton and ((expectation and dtype0-130 and (logit_variance or kl)) or (16_bits and 300-dtype0-logit))",
+    "test_soft_targets": "triton and ((expectation and dtype0-130 and (logit_variance or kl)) or (two_losses and dtype0-130-logit)"
+    " or (16_bits and 300-dtype0-logit))",
 }
 WAYS = {
     "interpreted": ({"TRITON_INTERPRET": "1"}, INTERPRETER),
