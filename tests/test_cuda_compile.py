@@ -44,12 +44,9 @@ def nvdisasm() -> str | None:
     return str(own) if own.exists() else shutil.which("nvdisasm")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiles_clean(dtype: str, architecture: str, tmp_path: Path) -> None:
-    cubin = tmp_path / "kernels.cubin"
+def check_registers(source: str, architecture: str, cubin: Path) -> None:
     flags = [*cuda_mode.NVCC_FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]
-    command = [cuda_mode.nvcc(), *flags, str(cuda_mode.ROOT / f"csrc/cuda/{dtype}.cu"), "-o", str(cubin)]
+    command = [cuda_mode.nvcc(), *flags, str(cuda_mode.ROOT / f"csrc/cuda/{source}.cu"), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     log = done.stdout + done.stderr
     assert done.returncode == 0 and "warning" not in log, log[-4000:]
@@ -57,8 +54,20 @@ def test_compiles_clean(dtype: str, architecture: str, tmp_path: Path) -> None:
     assert found
     for name, (registers, stack, spilled) in found.items():
         assert (stack, spilled) == (0, 0), name
-        streaming = 128 if dtype == "float64" else 64
+        streaming = 128 if source == "float64" else 64
         assert registers <= (streaming if any(kind in name for kind in STREAMING) else 255), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_look_for_labels_out_of_range_compiles_clean(architecture: str, tmp_path: Path) -> None:
+    check_registers("outside", architecture, tmp_path / "outside.cubin")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiles_clean(dtype: str, architecture: str, tmp_path: Path) -> None:
+    cubin = tmp_path / "kernels.cubin"
+    check_registers(dtype, architecture, cubin)
     disassembler = nvdisasm()
     if disassembler is None or dtype == "float64":  # whose rows go a logit at a time
         return
