@@ -19,6 +19,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for (instructions, traffic, share), dtype in zip(axes, dtypes, strict=True):
         for family in dict.fromkeys(row["family"] for row in rows):
             mine = sorted((row for row in rows if (row["family"], row["dtype"]) == (family, dtype)), key=lambda row: row["classes"])
+            if not mine:
+                continue
             classes = [row["classes"] for row in mine]
             style = {"marker": "o", "markersize": 3, "linewidth": 2.2 if family == "ours" else 1.2}
             label = f"{mine[0]['label']}" + ("" if mine[0]["penalty"] or "no penalty" in mine[0]["label"] else ", no penalty")

@@ -163,7 +163,10 @@ class _Call(NamedTuple):
         }
 
     def kinds(self) -> dict[str, Any]:
-        return {"KIND": self.diversity, "SMOOTH": self.label_smoothing != 0}
+        return {
+            "KIND": self.diversity,
+            "SMOOTH": self.label_smoothing != 0 and self.logits.numel() > 0,
+        }  # over K classes, of which none may be
 
 
 def _share_count(rows: int) -> int:

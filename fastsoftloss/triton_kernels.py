@@ -78,11 +78,11 @@ def _load_run(ptr, tile, rows, K, A: tl.constexpr, R: tl.constexpr, B: tl.conste
     """(R rows of contiguous classes, by one run of memory and an exchange on chip; their classes), [A, R, B]; something beyond the classes."""
     flat = tl.arange(0, P)
     start = tl.cast(tile, tl.int64) * (R * K)
-    count = (rows - tile * R) * K
-    if count >= R * K:  # its own branch: a mask with a run-time bound would break up the 16-byte accesses
+    left = rows - tile * R
+    if left >= R:  # its own branch: a mask with a run-time bound would break up the 16-byte accesses
         run = tl.load(ptr + start + flat, mask=flat < R * K, other=0.0)
     else:
-        run = tl.load(ptr + start + flat, mask=flat < count, other=0.0)
+        run = tl.load(ptr + start + flat, mask=flat < left * K, other=0.0)
     j = tl.reshape(tl.arange(0, A * R * B), (A, R, B))
     c = (j // (R * B)) * B + j % B
     index = tl.where(c < K, (j // B) % R * K + c, 0)
@@ -98,11 +98,11 @@ def _store_run(ptr, tile, rows, K, t, A: tl.constexpr, R: tl.constexpr, B: tl.co
     back = tl.minimum((k // B) * (R * B) + r * B + k % B, A * R * B - 1)
     run = tl.gather(tl.reshape(t, (A * R * B,)), back, 0)
     start = tl.cast(tile, tl.int64) * (R * K)
-    count = (rows - tile * R) * K
-    if count >= R * K:
+    left = rows - tile * R
+    if left >= R:
         tl.store(ptr + start + flat, run, mask=flat < R * K)
     else:
-        tl.store(ptr + start + flat, run, mask=flat < count)
+        tl.store(ptr + start + flat, run, mask=flat < left * K)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -85,7 +85,7 @@ def _with_class(rest, z, w, more):
     one = tl.where(there, 1.0, 0.0).to(s1.dtype)
     inverse_n = _quotient(tl.full(n.shape, 1.0, s1.dtype), tl.maximum(n + one, 1.0))
     mean, m2 = _with(n, mean + d, m2, one, x, inverse_n)
-    sx = f * (sx + d * s1) + g * x
+    sx = tl.where(f > 0.0, f * (sx + d * s1), 0.0) + g * x  # of a rest that is out of sight d may be beyond all numbers
     swx += d * sw + tl.where(more, w * (z_there - base), 0.0)
     sw += tl.where(more, w, 0.0)
     return (n + one, inverse_n, top, f * s1 + g, f * f * s2 + g * g, sx, mean, m2, sw, swx), base, d, f, x, g
@@ -93,16 +93,24 @@ def _with_class(rest, z, w, more):
 
 @triton.jit
 def _loss_of(moments, base, label, options, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr):
-    """``_finish`` of one label's own complement."""
+    """``_finish`` of one label's own complement; nothing of a label that does not count, whatever the row is."""
     K, smoothing, diversity_weight, z_loss = options
     n, inverse_n, top, s1, s2, sx, mean, m2, sw, swx = moments
     y, z, w, sample, counted, good = label
-    z = tl.where(y >= 0, z, base)  # of a label that does not count nothing may be infinite
     d = top - z
-    return _finish(
+    loss, ce, div, a, p, e0, ew, g_y = _finish(
         n, inverse_n, base, z, d, _two_sum_error(top, -z, d), s1, s2, sx, mean, m2, sw, swx,
         w, sample, counted, good, K, smoothing, diversity_weight, z_loss, KIND, SMOOTH, Z_LOSS,
     )  # fmt: skip
+    live = y >= 0
+    a, p, e0, ew, g_y = (
+        tl.where(live, a, 0.0),
+        tl.where(live, p, 0.0),
+        tl.where(live, e0, 0.0),
+        tl.where(live, ew, 0.0),
+        tl.where(live, g_y, 0.0),
+    )
+    return tl.where(counted, loss, 0.0), tl.where(counted, ce, 0.0), tl.where(live, div, 0.0), a, p, e0, ew, g_y
 
 
 @triton.jit

@@ -141,7 +141,8 @@ def plan(
         run = _pow2(r * classes)
     elif by_vector and classes >= _CHUNK_CLASSES:
         access = ROWS
-        each = (64 if gradient else 128) if itemsize < 8 else (16 if gradient else 32)  # more elements a thread would spill
+        # more elements a thread would spill; without a gradient they stay as they were read
+        each = (64 if itemsize < 8 else 16) if gradient else 256 // itemsize
         vector = 8 if itemsize < 8 else vector
         b = max(8, _pow2(-(-classes // each)))
         warps, r = max(1, b // 32), max(1, 32 // b)
@@ -165,9 +166,8 @@ def plan(
 
 
 def mixture_plan(index: Plan, rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
-    """The plan for two labels a row: that for one, ``index``, where its tiles are of the same kind and a thread has but one row."""
-    threads = 32 * index.warps
-    if index.access != ROWS and index.r * index.b <= threads and _REGISTERS * threads <= _ALL_REGISTERS:
+    """The plan for two labels a row: that for one, ``index``, where its tiles are of the same kind and a thread has part of one row."""
+    if index.access != ROWS and index.r * index.b == 32 * index.warps:
         return SoftPlan(index.a, index.r, index.b, index.run, index.warps, _REGISTERS, index.programs)
     return soft_plan(rows, classes, itemsize, multiprocessors, 32)
 

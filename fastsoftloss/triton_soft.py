@@ -120,7 +120,7 @@ def _lower(of, d, f, KIND: tl.constexpr):
     if KIND == LOGIT_VARIANCE:
         e0 += p * d
     elif KIND == KL:
-        a += p * d
+        a += tl.where(f > 0.0, p * d, 0.0)  # which may be infinite, and f takes all away
         p *= f
     else:
         p *= f * f

@@ -247,6 +247,8 @@ def test_no_classes(backend, shape, reduction):
     if len(shape) < 3:  # PyTorch forgets the last dimension then
         torch.testing.assert_close(got.loss, theirs(logits, target, reduction=reduction)[0], equal_nan=True)
     assert got.gradient.shape == shape
+    smoothed = compute(backend, logits, target, reduction=reduction, label_smoothing=0.1)
+    torch.testing.assert_close(smoothed.loss, got.loss, equal_nan=True)  # PyTorch: NaN, of a share of no classes
     with pytest.raises(IndexError, match="is 0, which is outside"):
         functional.cross_entropy(logits, target * 0, backend=backend)
 

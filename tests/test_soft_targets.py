@@ -280,6 +280,22 @@ def test_masked_classes_and_bad_rows(backend, kind):
     near(got[true.isfinite()], true[true.isfinite()], 2e-5)
 
 
+@pytest.mark.parametrize("kind", [None, "kl", "chi2", "variance"])  # the others' sums of logits are no number in float32
+def test_a_mixture_whose_other_classes_are_masked_by_the_lowest_number(backend, kind):
+    logits = torch.tensor([[1.0, 0.5, *[torch.finfo(F32).min] * 4]])
+    check(backend, logits, (torch.tensor([0]), torch.tensor([1]), 0.25), diversity=kind)
+
+
+def test_an_ignored_label_of_a_row_that_costs_infinity(backend):
+    """Label smoothing asks for the masked class: an infinite loss, of the label that counts."""
+    logits = torch.tensor([[1.0, 0.5, -INF, 0.2]])
+    for pair in ((0, -100), (-100, 0)):
+        z = logits.clone().requires_grad_()
+        target = (torch.tensor(pair[:1]), torch.tensor(pair[1:]), 0.5)
+        loss = functional.cross_entropy(z, target, label_smoothing=0.1, reduction="none", diversity=None, backend=backend)
+        assert loss.isposinf() and torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", DIVERSITIES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_masked_class_costs_its_probability_times_infinity(backend, kind, smoothing):

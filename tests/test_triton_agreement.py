@@ -261,6 +261,19 @@ def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
     check(logits, torch.tensor([0, 2]))
 
 
+def test_a_run_of_more_logits_than_32_bits_count() -> None:
+    """The first tile of rows that are that many; of the others there is no memory here."""
+    from triton_tiles import first_tile
+
+    classes, tile = 100, 16 * 100
+    logits, copy = torch.randn(tile), torch.zeros(tile)
+    for rows in (2**31 // classes + 1, 17, 16, 3):  # 3: the last tile, not whole
+        copy.zero_()
+        first_tile[(1,)](logits, copy, rows, K=classes, A=32, R=16, B=4, P=2048, num_warps=2)
+        there = min(rows, 16) * classes
+        assert torch.equal(copy[:there], logits[:there]) and not copy[there:].any()
+
+
 def test_a_cpu_tensor_without_either_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastsoftloss import triton_backend
 

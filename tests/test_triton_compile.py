@@ -66,6 +66,7 @@ CASES = {
     "probabilities": Case(triton_soft.soft, 100, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
     "flat mixture": Case(triton_mixture.mixture, 100, gradient=True, absent=MIXED, form="mixture"),
     "strided mixture": Case(triton_mixture.mixture, 19, 4096, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "wide strided mixture": Case(triton_mixture.mixture, 8000, 7, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
     "long mixture": Case(triton_mixture.mixture, 50257, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
     "mixture": Case(triton_mixture.mixture, 1000, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
     "long probabilities": Case(triton_soft.soft, 50257, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),

@@ -43,8 +43,8 @@ def test_tiles_of_targets_with_more_than_one_label(itemsize: int, class_stride: 
         index = plan(rows, classes, class_stride, [classes * class_stride], itemsize, True, 132)
         for p in (soft_plan(rows, classes, itemsize, 132), mixture_plan(index, rows, classes, itemsize, 132)):
             assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.warps)) and p.programs >= 1
-            assert p.r * p.b <= 32 * p.warps, "a thread has one row: what is done once a row is done by each of its threads"
-            assert p.a * p.r * p.b * itemsize <= 32 * p.warps * 32 * min(8, max(4, itemsize)), "elements a thread"
+            assert p.r * p.b == 32 * p.warps, "a thread has part of one row, which no other thread has too"
+            assert p.a * p.r * p.b <= 32 * p.warps * (32 if itemsize < 8 else 16), "elements a thread"
             assert 32 * p.warps * p.registers <= 65536
             assert p.run == 0 or (p.a * p.b >= classes and p.run >= p.r * classes)
 
