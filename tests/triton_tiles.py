@@ -1,6 +1,5 @@
 """A kernel of one tile, which does nothing but read and write it: for test_triton_agreement, since Triton wants a file's source."""
 
-
 import triton
 import triton.language as tl
 
