@@ -163,10 +163,8 @@ class _Call(NamedTuple):
         }
 
     def kinds(self) -> dict[str, Any]:
-        return {
-            "KIND": self.diversity,
-            "SMOOTH": self.label_smoothing != 0 and self.logits.numel() > 0,
-        }  # over K classes, of which none may be
+        smooth = self.label_smoothing != 0 and self.logits.numel() > 0  # shared among K classes, and there may be none
+        return {"KIND": self.diversity, "SMOOTH": smooth}
 
 
 def _share_count(rows: int) -> int:
