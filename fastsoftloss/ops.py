@@ -61,6 +61,8 @@ class Operators(NamedTuple):
     backward: Any
     rescale: Callable[..., Tensor | None] | None
     forms: tuple[str, ...] = ("index",)  # that its kernels take; the others go to the reference
+    # :func:`cross_entropy` of plain tensors in C++, with the operators written in; None for what it does not take
+    eager: Callable[..., Any] | None = None
 
 
 def rows_of(logits: Tensor) -> torch.Size:
@@ -269,6 +271,10 @@ def cross_entropy(
     if torch.compiler.is_compiling():  # its own machinery differentiates the operator by its registered formula
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
         return loss, components if parts else None
+    if operators.eager is not None:
+        result = operators.eager(logits, target, weight, sample_weight, options, parts)
+        if result is not None:
+            return result if parts else (result, None)
     if logits.requires_grad and torch.is_grad_enabled():
         result = _apply(logits, target, weight, sample_weight, operators, options, parts)  # type: ignore[no-untyped-call]
         return result if parts else (result, None)

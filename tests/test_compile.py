@@ -127,10 +127,11 @@ def test_export_with_a_dynamic_batch(backend, form):
     assert len(kernels) == 1, "the graph holds the operator, not what it is made of"
 
 
-def test_ahead_of_time(tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+def test_ahead_of_time(tmp_path, form):
     """AOTInductor: a shared library that runs without Dynamo."""
     model = Model("cpu")
-    example = torch.randn(5, CLASSES), torch.randint(CLASSES, (5,))
+    example = torch.randn(5, CLASSES), target_of(form, 5, CLASSES)
     package = torch._inductor.aoti_compile_and_package(torch.export.export(model, example), package_path=str(tmp_path / "loss.pt2"))
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*example), model(*example))
 
