@@ -146,6 +146,42 @@ bool read_constant(PyObject* from, OptionalTensor& to) {
   return true;
 }
 
+bool read_share(PyObject* from, double& to) {
+  if (!PyFloat_Check(from) && !PyLong_Check(from)) return false;
+  to = PyFloat_AsDouble(from);
+  return 0 <= to && to <= 1;
+}
+
+// (y_a, y_b, mix) as pack_mixture in fastsoftloss/reference.py has it: both labels in one tensor, and the sample weight of each.
+bool read_mixture(PyObject* from, Inputs& in) {
+  if (PyTuple_GET_SIZE(from) != 3) return false;
+  OptionalTensor first, second, mix;
+  double share = -1;
+  PyObject* const last = PyTuple_GET_ITEM(from, 2);
+  if (!read_constant(PyTuple_GET_ITEM(from, 0), first) || !read_constant(PyTuple_GET_ITEM(from, 1), second) || !first || !second)
+    return false;
+  if (!read_share(last, share) && (!read_constant(last, mix) || !mix)) return false;
+  const auto type = in.logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto rows = first->sizes();
+  if (first->dim() + 1 != std::max<int64_t>(in.logits.dim(), 1) || second->sizes() != rows) return false;
+  if ((first->scalar_type() != at::kLong && first->scalar_type() != at::kInt) || second->scalar_type() != first->scalar_type())
+    return false;
+  if (mix && (mix->scalar_type() != type || (mix->dim() > 0 && mix->sizes() != rows))) return false;
+
+  at::AutoDispatchBelowAutograd below;
+  in.target = at::stack({*first, *second});
+  at::DimVector alike(in.target.dim(), 1);  // one value for all rows
+  alike[0] = 2;
+  Tensor weights = mix ? at::stack({*mix, at::rsub(*mix, 1)}) : at::tensor({share, 1 - share}, in.logits.options().dtype(type));
+  in.sample_weight = (mix && mix->dim() > 0 ? weights : weights.view(alike)).expand(in.target.sizes());
+  return true;
+}
+
+bool read_target(PyObject* from, Inputs& in) {
+  if (PyTuple_CheckExact(from)) return read_mixture(from, in);
+  return read_tensor(from, in.target) && !in.target.requires_grad();
+}
+
 // Options of fastsoftloss/ops.py.
 bool read_options(PyObject* from, Options& to) {
   if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != 6) return false;
@@ -157,23 +193,21 @@ bool read_options(PyObject* from, Options& to) {
 
 const char kDoc[] =
     "cross_entropy(logits, target, weight, sample_weight, options, parts)\n--\n\n"
-    "The loss, or (loss, parts), of plain CPU tensors as the operator fastsoftloss::cross_entropy takes them, differentiable by\n"
-    "logits; None where something is not plain, which fastsoftloss.ops takes. RuntimeError where the operator refuses.";
+    "The loss, or (loss, parts), of plain CPU tensors as the operator fastsoftloss::cross_entropy takes them, or of a mixture,\n"
+    "differentiable by logits; None where something is not plain, which fastsoftloss.ops takes. RuntimeError where the operator refuses.";
 
 PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Inputs in;
-  OptionalTensor target;
   if (count != 6 || !read_options(args[4], in.options)) {
     PyErr_SetString(PyExc_TypeError, "cross_entropy takes logits, target, weight, sample_weight, a tuple of six options, and parts");
     return nullptr;
   }
   if (PyErr_Occurred()) return nullptr;
   const bool transformed = c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode);
-  if (transformed || !read_tensor(args[0], in.logits) || args[1] == Py_None || !read_constant(args[1], target) ||
-      !read_constant(args[2], in.weight) || !read_constant(args[3], in.sample_weight))
+  if (transformed || !read_tensor(args[0], in.logits) || !read_constant(args[2], in.weight) || !read_constant(args[3], in.sample_weight) ||
+      (PyTuple_CheckExact(args[1]) && in.sample_weight) || !read_target(args[1], in))
     Py_RETURN_NONE;
-  in.target = std::move(*target);
   const bool wants_parts = args[5] == Py_True;
   Tensor loss, parts;
   {
