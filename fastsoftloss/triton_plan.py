@@ -12,7 +12,7 @@ from fastsoftloss import ops
 STRIDED, ROWS, FLAT = 0, 1, 2  # as in triton_kernels; ROWS: by triton_rows
 MAX_ROW_DIMS = 4
 
-_KEPT = 5  # floats a row that the backward finds again, triton_rows.FIELDS
+_KEPT = 4  # floats a row, and one for each label, that the backward finds again, triton_rows.FIELDS
 _MEAN = ops.REDUCTIONS.index("mean")
 
 _VECTOR_BYTES = 16
@@ -53,14 +53,13 @@ class Plan(NamedTuple):
 
 
 class SoftPlan(NamedTuple):
-    """For targets of more than one label: tiles ``[a, r, b]``, class a * b + b of row r, as many as the row asks for."""
+    """For class probabilities: tiles ``[a, r, b]``, class a * b + b of row r, as many as the row asks for."""
 
     a: int
     r: int
     b: int
-    run: int  # this and ``registers`` as of ``Plan``
     warps: int
-    registers: int
+    registers: int  # as of ``Plan``
     programs: int
 
 
@@ -77,12 +76,14 @@ def chunks_at_a_time(itemsize: int) -> int:
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward writes the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]
-    if ops.form_of(logits, target) != "index":  # read anew for the gradient, whatever their length
+    form = ops.form_of(logits, target)
+    if form == "probabilities":  # read anew for the gradient, whatever their length
         return int(reduction == _MEAN), gradient
     resident = fits(classes, logits.element_size())
     if classes <= _FLAT_CLASSES or (gradient and resident):
         return int(reduction == _MEAN), gradient
-    return 1 + _KEPT * target.numel(), False
+    labels = 2 if form == "mixture" else 1
+    return 1 + (_KEPT + labels) * (target.numel() // labels), False
 
 
 def _pow2(n: int) -> int:
@@ -165,18 +166,11 @@ def plan(
     return Plan(True, access, a, r, b, vector, run, align, start, warps, registers, programs, 1)
 
 
-def mixture_plan(index: Plan, rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
-    """The plan for two labels a row: that for one, ``index``, where its tiles are of the same kind and a thread has part of one row."""
-    if index.access != ROWS and index.r * index.b == 32 * index.warps:
-        return SoftPlan(index.a, index.r, index.b, index.run, index.warps, _REGISTERS, index.programs)
-    return soft_plan(rows, classes, itemsize, multiprocessors, 32)
-
-
-def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int, most: int = 16) -> SoftPlan:
-    """The plan for ``rows`` x ``classes`` logits and class probabilities; ``most``: 32-bit elements a thread, more would spill."""
-    each = most if itemsize < 8 else most // 4
+def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
+    """The plan for ``rows`` x ``classes`` logits and class probabilities."""
+    each = 16 if itemsize < 8 else 4  # elements a thread; more would spill
     b = min(256, max(2, _pow2(-(-classes // each))))  # with one the classes would be dealt out to threads as neighbours
     a = min(each, _pow2(-(-classes // b)))
     warps = max(4, b // 32)
     r = 32 * warps // b
-    return SoftPlan(a, r, b, 0, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))
+    return SoftPlan(a, r, b, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))
