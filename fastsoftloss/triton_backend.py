@@ -87,7 +87,7 @@ class _Rows:
         self.aligned = all(t.data_ptr() % 16 == 0 for t in pointers)
         self.row_strides = self.strides[0] if self.rows > 1 else [self.classes]
 
-    def plan(self, logits: Tensor, gradient: bool = False, kept: bool = False) -> Plan:
+    def plan(self, logits: Tensor, gradient: bool = False, kept: bool = False, labels: int = 1) -> Plan:
         return plan(
             self.rows,
             self.classes,
@@ -99,6 +99,7 @@ class _Rows:
             gradient,
             kept,
             self.same,
+            labels,
         )
 
     def arguments(self, names: str) -> dict[str, int]:
@@ -329,7 +330,7 @@ def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | 
                 call = call._replace(target=probabilities)
     rows = _Rows(call.logits, dlogits, probabilities)
     if probabilities is None:
-        return call, rows, rows.plan(call.logits, dlogits is not None), dlogits
+        return call, rows, rows.plan(call.logits, dlogits is not None, labels=2 if call.form == "mixture" else 1), dlogits
     chosen = soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device))
     return call, rows, chosen, dlogits
 

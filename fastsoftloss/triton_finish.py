@@ -7,6 +7,7 @@ dz_j = e^x (A + P e^x) + E0 - EW w_j, or with P x in place of P e^x (kl) or P x 
 penalty is one case in ``_penalty``.
 """
 
+# ruff: noqa: RUF005 (Triton has no tuple of stars)
 import os
 
 import triton

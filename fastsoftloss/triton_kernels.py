@@ -4,7 +4,7 @@ Reduce, finish (``triton_finish``) and spread in one kernel: one read of the log
 Tiles are [A, R, B]: class a * B + b of row r, so that a thread holds one row's a in registers and few threads share a row.
 """
 
-# ruff: noqa: F821, SIM102 (see triton_finish)
+# ruff: noqa: F821, RUF005, SIM102 (see triton_finish)
 import triton
 import triton.language as tl
 
@@ -20,9 +20,9 @@ from fastsoftloss.triton_finish import (
     _exp,
     _finite,
     _inverse_left,
+    _is_any,
     _keep_rows,
     _keep_totals,
-    _is_any,
     _left_out,
     _logits_of,
     _offset,

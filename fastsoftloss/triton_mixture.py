@@ -6,7 +6,6 @@ is the rest with the other label's class merged in, and both go through ``_finis
 the base of the rest, add up; the two classes themselves get what either label has for them.
 """
 
-# ruff: noqa: F821 (see triton_finish)
 import triton
 import triton.language as tl
 
@@ -63,7 +62,7 @@ def _finish_pair(
 ):  # fmt: skip
     """``_finish_labels`` of two."""
     n, _, s1, s2, sx, mean, m2, sw, swx = rest
-    (y, w, sample, counted, good), (y_, w_, sample_, counted_, good_) = labels
+    (y, w, sample, counted, good), (_, w_, sample_, counted_, good_) = labels
     rest = (
         tl.expand_dims(n, 1), tl.expand_dims(s1, 1), tl.expand_dims(s2, 1), tl.expand_dims(sx, 1), tl.expand_dims(mean, 1),
         tl.expand_dims(m2, 1), tl.expand_dims(sw, 1), tl.expand_dims(swx, 1),

@@ -63,9 +63,10 @@ class SoftPlan(NamedTuple):
     programs: int
 
 
-def fits(classes: int, itemsize: int) -> bool:
-    """Whether one program holds a row of this many classes; a property of the dtype alone, so that shapes decide it."""
-    return classes <= (4096 if itemsize == 8 else 16384)
+def fits(classes: int, itemsize: int, labels: int = 1) -> bool:
+    """Whether one program holds a row of this many classes; a property of dtype and form alone, so that shapes decide it."""
+    most = 4096 if itemsize == 8 else 16384
+    return classes <= (most if labels == 1 else most // 4)  # strided rows of two labels and more classes would spill
 
 
 def chunks_at_a_time(itemsize: int) -> int:
@@ -79,10 +80,9 @@ def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> t
     form = ops.form_of(logits, target)
     if form == "probabilities":  # read anew for the gradient, whatever their length
         return int(reduction == _MEAN), gradient
-    resident = fits(classes, logits.element_size())
-    if classes <= _FLAT_CLASSES or (gradient and resident):
-        return int(reduction == _MEAN), gradient
     labels = 2 if form == "mixture" else 1
+    if classes <= _FLAT_CLASSES or (gradient and fits(classes, logits.element_size(), labels)):
+        return int(reduction == _MEAN), gradient
     return 1 + (_KEPT + labels) * (target.numel() // labels), False
 
 
@@ -101,6 +101,7 @@ def plan(
     gradient: bool = False,
     kept: bool = False,
     same: bool = True,
+    labels: int = 1,
 ) -> Plan:
     """The plan for ``rows`` x ``classes`` logits.
 
@@ -112,13 +113,14 @@ def plan(
         gradient: this pass writes it.
         kept: from row gradients that the forward has kept.
         same: the gradient has the strides of the logits.
+        labels: of a row, two in a mixture.
     """
     vector = _VECTOR_BYTES // itemsize
     align = _SECTOR_BYTES // itemsize
     by_vector = class_stride == 1 and aligned
     whole = classes % vector == 0
     start = next(n for n in (align, vector, 1) if n == 1 or (whole and all(s % n == 0 for s in row_strides)))
-    resident = fits(classes, itemsize)
+    resident = fits(classes, itemsize, labels)
     # places of a row in its memory sectors: those of its edges left out, those of the row before taken in
     places = classes // align * align if start == 1 else classes + (vector if start < align else 0)
     if kept or not resident:
@@ -160,8 +162,9 @@ def plan(
             r = max(1, min(128, size // padded))
             b = min(padded, 128 // r)
         a = padded // b
-        warps = max(4, min(32, padded * r // 32 // (32 if itemsize < 8 else 16)))
-        registers = min(168 if itemsize < 8 else _REGISTERS, _ALL_REGISTERS // (32 * warps))
+        each = (32 if itemsize < 8 else 16) // labels  # of two there is more to hold beside the elements
+        warps = max(4, min(32, padded * r // 32 // each))
+        registers = min(168 if itemsize < 8 and labels == 1 else _REGISTERS, _ALL_REGISTERS // (32 * warps))
     programs = min(-(-rows // r), multiprocessors * max(1, 32 // warps))
     return Plan(True, access, a, r, b, vector, run, align, start, warps, registers, programs, 1)
 

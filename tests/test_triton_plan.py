@@ -14,12 +14,13 @@ from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, plan, soft
 ROWS_AND_CLASSES = tuple(itertools.product((1, 7, 4096, 10**6), (0, 1, 2, 10, 17, 100, 256, 257, 1000, 1003, 4096, 16384, 50257, 2**20)))
 
 
+@pytest.mark.parametrize("labels", (1, 2))
 @pytest.mark.parametrize(("itemsize", "aligned", "class_stride"), list(itertools.product((2, 4, 8), (True, False), (1, 49))))
-def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_stride: int) -> None:
+def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_stride: int, labels: int) -> None:
     for (rows, classes), gradient in itertools.product(ROWS_AND_CLASSES, (False, True)):
-        p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, gradient)
+        p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, gradient, labels=labels)
         assert all(n & (n - 1) == 0 for n in (p.r, p.b, p.vector, p.warps))
-        assert p.resident == fits(classes, itemsize) and 1 <= p.warps <= 32
+        assert p.resident == fits(classes, itemsize, labels) and 1 <= p.warps <= 32
         assert p.registers is not None and 32 * p.warps * p.registers <= 65536, "ptxas does not look whether a multiprocessor has them"
         if not p.resident:
             assert_shared(p, rows, classes)
