@@ -860,7 +860,7 @@ def long_finish(
     for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
         row = start + tl.arange(0, R)
         labels = _row_labels(targets, samples, weight_ptr, row, rows, ignore_index, K, 0, DTYPE)
-        _, there, _ = _left_out(labels)
+        left_out = _left_out(labels)[1]
         logits = _logits_of(z_ptr, _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS), sc, labels, DTYPE)
         split = tl.expand_dims(tl.arange(0, SPLITS), 0)
         there = (tl.expand_dims(row, 1) < rows) & (split < splits)
@@ -880,7 +880,7 @@ def long_finish(
             SMOOTH,
         )
         loss, ce, div, weight, a, q, e0, ew, g_y = _finish_rows(
-            n, 1.0 / tl.maximum(n, 1.0), m, sum1, sum2, sumx, mean, m2, sw, swx, labels, there, logits, options, KIND, SMOOTH, Z_LOSS
+            n, 1.0 / tl.maximum(n, 1.0), m, sum1, sum2, sumx, mean, m2, sw, swx, labels, left_out, logits, options, KIND, SMOOTH, Z_LOSS
         )
         _save(saved_ptr, row, rows, m, a, q, e0, g_y)
         if REDUCTION == NONE:
