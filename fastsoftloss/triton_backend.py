@@ -16,8 +16,7 @@ from fastsoftloss import ops, reference
 from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
 from fastsoftloss import triton_rows as long
-from fastsoftloss.triton_mixture import mixture
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, mixture_plan, outputs, plan, soft_plan
+from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, outputs, plan, soft_plan
 from fastsoftloss.triton_soft import soft
 
 _NONE, _MEAN = (ops.REDUCTIONS.index(name) for name in ("none", "mean"))
@@ -88,7 +87,7 @@ class _Rows:
         self.aligned = all(t.data_ptr() % 16 == 0 for t in pointers)
         self.row_strides = self.strides[0] if self.rows > 1 else [self.classes]
 
-    def plan(self, logits: Tensor, gradient: bool = False, kept: bool = False) -> Plan:
+    def plan(self, logits: Tensor, gradient: bool = False, kept: bool = False, labels: int = 1) -> Plan:
         return plan(
             self.rows,
             self.classes,
@@ -100,6 +99,7 @@ class _Rows:
             gradient,
             kept,
             self.same,
+            labels,
         )
 
     def arguments(self, names: str) -> dict[str, int]:
@@ -143,14 +143,20 @@ class _Call(NamedTuple):
     def form(self) -> str:
         return ops.form_of(self.logits, self.target)
 
+    def _pair(self, t: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+        """What ``t`` has for each row's label, for its other one in a mixture, and the stride of both."""
+        first, other = (t, None) if t is None or self.form != "mixture" else t.unbind()
+        flat, stride = _flat(first)
+        return flat, _flat(other)[0], stride
+
     def labels(self) -> dict[str, Any]:
-        target, stride = _flat(self.target)
+        target, other, stride = self._pair(self.target)
         weight = self.weight if self.logits.numel() else None
-        return {"target_ptr": target, "target_stride": stride, "weight_ptr": weight, "ignore_index": self.ignore_index}
+        return {"target_ptr": target, "other_ptr": other, "target_stride": stride, "weight_ptr": weight, "ignore_index": self.ignore_index}
 
     def samples(self) -> dict[str, Any]:
-        sample_weight, stride = _flat(self.sample_weight)
-        return {"sample_ptr": sample_weight, "sample_stride": stride}
+        sample_weight, other, stride = self._pair(self.sample_weight)
+        return {"sample_ptr": sample_weight, "other_sample_ptr": other, "sample_stride": stride}
 
     def values(self) -> dict[str, Any]:
         """The options of ``_finish``."""
@@ -263,11 +269,10 @@ def _shares(call: _Call, rows: _Rows) -> tuple[Tensor, Tensor]:
     if call.form == "probabilities":
         every = call.logits.new_full((1,), rows.rows, dtype=dtype) if call.sample_weight is None else call.sample_weight.sum().view(1)
         return every, torch.zeros(1, dtype=torch.int32, device=call.logits.device)
-    labels = call.target.numel()
-    shares = call.logits.new_empty(_share_count(labels), dtype=dtype)
+    shares = call.logits.new_empty(_share_count(rows.rows), dtype=dtype)
     counter = torch.empty(1, dtype=torch.int32, device=call.logits.device)
     finish.divisors[(shares.numel(),)](
-        out_ptr=shares, counter_ptr=counter, rows=labels, K=rows.classes, **call.labels(), **call.samples(), BLOCK=1024, num_warps=4
+        out_ptr=shares, counter_ptr=counter, rows=rows.rows, K=rows.classes, **call.labels(), **call.samples(), BLOCK=1024, num_warps=4
     )
     return shares, counter
 
@@ -297,22 +302,14 @@ def _soft(
     rescale: bool = False,
     **pointers: Tensor | None,
 ) -> None:
-    """``_resident`` for targets of more than one label."""
+    """``_resident`` for class probabilities."""
     shares = pointers.get("shares_ptr")
     outputs = {f"{name}_ptr": None for name in ("loss", "parts", "partials", "divisor", "shares", "counter")} | pointers
-    own: dict[str, Any]
-    if call.form == "mixture":  # one label of every row, then the other
-        kernel = mixture
-        pair = None if call.sample_weight is None else call.sample_weight.reshape(2, -1)  # often one number for all rows
-        strides = (0, 0) if pair is None else pair.stride()
-        own = call.labels() | rows.arguments("st") | {"sample_ptr": pair, "sample_step": strides[0], "sample_stride": strides[1]}
-        own |= {"P": chosen.run, "COPIES": max(1, 32 * chosen.warps // chosen.r)}
-    else:
-        kernel = soft
-        own = call.samples() | rows.arguments("stu") | {"target_ptr": call.target, "weight_ptr": call.weight}
-    kernel[(chosen.programs,)](
-        z_ptr=call.logits, g_ptr=gradient, rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes),
-        **call.values(), **call.kinds(), **above, **(own | outputs),
+    sample_weight, stride = _flat(call.sample_weight)
+    soft[(chosen.programs,)](
+        z_ptr=call.logits, g_ptr=gradient, target_ptr=call.target, weight_ptr=call.weight, sample_ptr=sample_weight, sample_stride=stride,
+        rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments("stu"),
+        **call.values(), **call.kinds(), **above, **outputs,
         RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
         UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, **_compiled(chosen),
     )  # fmt: skip
@@ -332,12 +329,10 @@ def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | 
                 probabilities = probabilities.contiguous()
                 call = call._replace(target=probabilities)
     rows = _Rows(call.logits, dlogits, probabilities)
-    if call.form == "index":
-        return call, rows, rows.plan(call.logits, dlogits is not None), dlogits
-    size = rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device)
-    if call.form == "mixture":
-        return call, rows, mixture_plan(rows.plan(call.logits), *size), dlogits
-    return call, rows, soft_plan(*size), dlogits
+    if probabilities is None:
+        return call, rows, rows.plan(call.logits, dlogits is not None, labels=2 if call.form == "mixture" else 1), dlogits
+    chosen = soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device))
+    return call, rows, chosen, dlogits
 
 
 def _gradient(dlogits: Tensor, upstream: Tensor, moments: Tensor, inputs: Sequence[Any], rescale: bool) -> Tensor:

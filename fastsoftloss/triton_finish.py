@@ -7,6 +7,7 @@ dz_j = e^x (A + P e^x) + E0 - EW w_j, or with P x in place of P e^x (kl) or P x 
 penalty is one case in ``_penalty``.
 """
 
+# ruff: noqa: RUF005 (Triton has no tuple of stars)
 import os
 
 import triton
@@ -17,6 +18,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471824645996)
 LN2_LOW = tl.constexpr(-1.904654323148236e-09)  # log(2) less its float32
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its float32
+NOWHERE = tl.constexpr(-(2**20))  # a class that is not there, nor a place of a row
 TO_WHOLE = tl.constexpr(1.5 * 2**23 + 127)  # added to a float32 it leaves a whole number in the last bits, biased as exponents are
 
 # the order of ops.DIVERSITIES and of ops.REDUCTIONS
@@ -198,12 +200,109 @@ def _row_weights(weight_ptr, sample_ptr, row, rows, stride, y, counted, DTYPE: t
 
 
 @triton.jit
+def _row_labels(targets, samples, weight_ptr, row, rows, ignore_index, K, COPIES: tl.constexpr, DTYPE: tl.constexpr):
+    """The labels of each row, one or two: a tuple of (true class, class weight, sample weight, does it count, is it good).
+
+    targets, samples: (pointer to the one label's, pointer to the other's or None, stride). COPIES: of ``_labels_once``, or 0.
+    """
+    labels = ()
+    for i in tl.static_range(1 if targets[1] is None else 2):
+        if COPIES == 0:
+            y, counted, good = _labels(targets[i], row, rows, targets[2], ignore_index, K)
+        else:
+            y, counted, good = _labels_once(targets[i], row, rows, targets[2], ignore_index, K, COPIES)
+        w, sample = _row_weights(weight_ptr, samples[i], row, rows, samples[2], y, counted, DTYPE)
+        labels = labels + ((y, w, sample, counted, good),)
+    return labels
+
+
+@triton.jit
+def _left_out(labels):
+    """(the classes that a row's reduction leaves out, its labels; which of them there are; whether any label asks for a gradient).
+
+    A label that is not good, or the same as the first, is NOWHERE; a row's only one always leaves a class out.
+    """
+    y, _, _, counted, good = labels[0]
+    live = counted & good
+    if len(labels) == 1:
+        return (y,), (tl.full(y.shape, 1, tl.int1),), live
+    else:
+        other, _, _, other_counted, other_good = labels[1]
+        other_live = other_counted & other_good
+        there = other_live & ((live == 0) | (y != other))
+        return (tl.where(live, y, NOWHERE), tl.where(there, other, NOWHERE)), (live, there), live | other_live
+
+
+@triton.jit
+def _logits_of(z_ptr, z_row, sc, labels, DTYPE: tl.constexpr):
+    """The logit of each label, 0 of one that asks for nothing."""
+    logits = ()
+    for i in tl.static_range(len(labels)):
+        y, _, _, counted, good = labels[i]
+        logits = logits + (tl.load(z_ptr + (z_row + y.to(tl.int64) * sc), mask=counted & good, other=0.0).to(DTYPE),)
+    return logits
+
+
+@triton.jit
+def _count(there, like):
+    """How many classes are left out, in the dtype of ``like``."""
+    zero = tl.zeros_like(like)
+    n = tl.where(there[0], zero + 1.0, zero)
+    if len(there) == 2:
+        n += tl.where(there[1], zero + 1.0, zero)
+    return n
+
+
+@triton.jit
+def _inverse_left(N: tl.constexpr, there, zero):
+    """1/n of N classes without those that are left out, or 1 where there are none."""
+    less = zero + 1 / max(N - 1, 1)
+    if len(there) == 1:
+        return tl.where(there[0], less, zero + 1 / max(N, 1))
+    else:
+        return tl.where(there[0] & there[1], zero + 1 / max(N - 2, 1), tl.where(there[0] | there[1], less, zero + 1 / max(N, 1)))
+
+
+@triton.jit
+def _is_any(c, classes, shift=0):
+    """Whether c + shift is one of one or two classes."""
+    if len(classes) == 1:
+        return c == classes[0] - shift
+    else:
+        return (c == classes[0] - shift) | (c == classes[1] - shift)
+
+
+@triton.jit
+def _place(dz, c, classes, gradients, shift=0):
+    """dz with the classes' own gradients in their places, c + shift."""
+    for i in tl.static_range(len(classes)):
+        dz = tl.where(c == classes[i] - shift, gradients[i], dz)
+    return dz
+
+
+@triton.jit
 def _across(row_scalar):
     """[R] -> [1, R, 1]; the scalar of a program's only row stays one."""
     if len(row_scalar.shape) == 0:
         return row_scalar
     else:
         return tl.expand_dims(tl.expand_dims(row_scalar, 0), 2)
+
+
+@triton.jit
+def _each_across(values):
+    across = ()
+    for i in tl.static_range(len(values)):
+        across = across + (_across(values[i]),)
+    return across
+
+
+@triton.jit
+def _scaled(values, scale):
+    scaled = ()
+    for i in tl.static_range(len(values)):
+        scaled = scaled + (values[i] * scale,)
+    return scaled
 
 
 @triton.jit
@@ -332,6 +431,28 @@ def _finish(
     g = tl.where(counted & good, tl.where(bad, nan, sample), 0.0)
     on = tl.where(counted & (good == 0), nan, g)
     return loss * on, ce * on, div * g, a * g, p * g, e0 * g, ew * g, g_y * g
+
+
+@triton.jit
+def _with(n, mean, m2, more, x, inverse_n):
+    """(mean, sum of squares about it) of n classes and ``more``, 1 or 0, at x; inverse_n: of their number."""
+    d = x - mean
+    step = d * more * inverse_n
+    return mean + step, m2 + n * d * step
+
+
+@triton.jit
+def _lower(of, d, f, KIND: tl.constexpr):
+    """(D, A, P, E0) about a base that is lower by -d, with f = e^d."""
+    div, a, p, e0 = of
+    if KIND == LOGIT_VARIANCE:
+        e0 += p * d
+    elif KIND == KL:
+        a += tl.where(f > 0.0, p * d, 0.0)  # which may be infinite, and f takes all away
+        p *= f
+    else:
+        p *= f * f
+    return div, a * f, p, e0
 
 
 # ---------------------------------------------------------------- spread
@@ -478,23 +599,27 @@ def total(partials_ptr, divisor_ptr, loss_ptr, parts_ptr, programs, REDUCTION: t
 
 @triton.jit(do_not_specialize=["rows", "K"])
 def divisors(
-    target_ptr, weight_ptr, sample_ptr, out_ptr, counter_ptr, rows, K, target_stride, sample_stride, ignore_index, BLOCK: tl.constexpr
-):
-    """out[program]: its share of the summed weights of the rows that count, which the mean divides by."""
+    target_ptr, other_ptr, weight_ptr, sample_ptr, other_sample_ptr, out_ptr, counter_ptr,
+    rows, K, target_stride, sample_stride, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[program]: its share of the summed weights of the labels that count, which the mean divides by."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    targets = (target_ptr, other_ptr)
+    samples = (sample_ptr, other_sample_ptr)
     acc = tl.zeros((BLOCK,), DTYPE)
     for start in range(program * BLOCK, rows, programs * BLOCK):
         row = start + tl.arange(0, BLOCK)
-        if start + BLOCK <= rows:  # its own branch: a mask with a run-time bound would break up the 16-byte loads
-            t = tl.load(target_ptr + row.to(tl.int64) * target_stride).to(tl.int64)
-        else:
-            t = tl.load(target_ptr + row.to(tl.int64) * target_stride, mask=row < rows, other=0).to(tl.int64)
-        counted = (row < rows) & (t != ignore_index)
-        y = tl.where(counted & (t >= 0) & (t < K), t, 0)
-        w, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
-        acc += w * sample
+        for i in tl.static_range(1 if other_ptr is None else 2):
+            if start + BLOCK <= rows:  # its own branch: a mask with a run-time bound would break up the 16-byte loads
+                t = tl.load(targets[i] + row.to(tl.int64) * target_stride).to(tl.int64)
+            else:
+                t = tl.load(targets[i] + row.to(tl.int64) * target_stride, mask=row < rows, other=0).to(tl.int64)
+            counted = (row < rows) & (t != ignore_index)
+            y = tl.where(counted & (t >= 0) & (t < K), t, 0)
+            w, sample = _row_weights(weight_ptr, samples[i], row, rows, sample_stride, y, counted, DTYPE)
+            acc += w * sample
     tl.store(out_ptr + program, tl.sum(acc, 0))
     if program == 0:
         tl.store(counter_ptr, 0)

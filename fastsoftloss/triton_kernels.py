@@ -4,7 +4,7 @@ Reduce, finish (``triton_finish``) and spread in one kernel: one read of the log
 Tiles are [A, R, B]: class a * B + b of row r, so that a thread holds one row's a in registers and few threads share a row.
 """
 
-# ruff: noqa: F821, SIM102 (see triton_finish)
+# ruff: noqa: F821, RUF005, SIM102 (see triton_finish)
 import triton
 import triton.language as tl
 
@@ -15,21 +15,28 @@ from fastsoftloss.triton_finish import (
     NONE,
     VARIANCE,
     _across,
+    _count,
+    _each_across,
     _exp,
-    _finish,
     _finite,
+    _inverse_left,
+    _is_any,
     _keep_rows,
     _keep_totals,
-    _labels_once,
+    _left_out,
+    _logits_of,
     _offset,
+    _place,
     _quotient,
+    _row_labels,
     _row_scale,
-    _row_weights,
     _scale,
+    _scaled,
     _spread,
     _spread_holes,
     _two_sum_error,
 )
+from fastsoftloss.triton_mixture import _finish_labels
 
 # how a tile reaches the logits
 STRIDED = tl.constexpr(0)  # any strides
@@ -107,7 +114,8 @@ def _store_run(ptr, tile, rows, K, t, A: tl.constexpr, R: tl.constexpr, B: tl.co
 
 @triton.jit(do_not_specialize=["rows"])
 def resident(
-    z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr, divisor_ptr, shares_ptr, counter_ptr,
+    z_ptr, g_ptr, target_ptr, other_ptr, weight_ptr, sample_ptr, other_sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr,
+    divisor_ptr, shares_ptr, counter_ptr,
     rows, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, target_stride, sample_stride, upstream_stride,
     ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
@@ -117,7 +125,8 @@ def resident(
     """Rows that one program holds in registers: one read of the logits, and of the gradient one write where g_ptr is given.
 
     loss_ptr, parts_ptr: where the row losses go, or with a reduction the total (written by the last program to finish
-    if counter_ptr is given, else by ``total``). upstream_ptr: the gradient from above, () or one a row.
+    if counter_ptr is given, else by ``total``). upstream_ptr: the gradient from above, () or one a row. other_ptr,
+    other_sample_ptr: where a row has a second label, that and its weight.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -129,19 +138,21 @@ def resident(
     acc_div = acc
     scale_all, work_all = _scale(shares_ptr, divisor_ptr, upstream_ptr, SHARES, UPSTREAM_ROWS, RESCALE, DTYPE)
 
+    targets = (target_ptr, other_ptr, target_stride)
+    samples = (sample_ptr, other_sample_ptr, sample_stride)
+    options = (K, smoothing, diversity_weight, z_loss)
     column = tl.expand_dims(tl.arange(0, A) * B, 1) + tl.expand_dims(tl.arange(0, B), 0)  # [A, B]
     column = tl.expand_dims(column, 1)  # [A, 1, B]
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
         scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
         if work:
-            y, counted, good = _labels_once(target_ptr, row, rows, target_stride, ignore_index, K, COPIES)
-            w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
-            live = counted & good
+            labels = _row_labels(targets, samples, weight_ptr, row, rows, ignore_index, K, COPIES, DTYPE)
+            out, there, live = _left_out(labels)
             scale = tl.where(live, scale, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
             reads = _across(live)
             nothing = tl.where(reads, -inf, 0.0)  # a row that asks for no gradient is flat, not masked
-            label = _across(y)
+            out = _each_across(out)
             z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
             g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
             # ---- load
@@ -155,10 +166,13 @@ def resident(
                 step = c.to(tl.int64) * sc if WIDE else c * sc
                 z = tl.load(z_ptr + _across(z_row) + step, mask=exists & reads, other=nothing).to(DTYPE)
             # ---- reduce
-            is_y = c == label
-            others = exists & (is_y == 0)
-            z_y = _sum(tl.where(is_y, z, 0.0))
-            z = tl.where(is_y, -inf, z)
+            if other_ptr is None:
+                logits = (_sum(tl.where(c == out[0], z, 0.0)),)
+            else:  # looked up: memory sectors that are near, and fewer instructions
+                logits = _logits_of(z_ptr, z_row, sc, labels, DTYPE)
+            is_out = _is_any(c, out)
+            others = exists & (is_out == 0)
+            z = tl.where(is_out, -inf, z)
             m = _max(z)
             base = _finite(m)
             x = z - _across(base)
@@ -166,8 +180,9 @@ def resident(
             s1_ = _sum(e)
             x = tl.where(others, x, 0.0)
             zero = tl.zeros_like(s1_)
-            n = zero + (K - 1)
-            inverse_n = zero + 1 / max(K - 1, 1)
+            count = _count(there, zero)
+            n = (zero + K) - count
+            inverse_n = _inverse_left(K, there, zero)
             mean = zero
             m2 = zero
             s2_ = zero
@@ -198,24 +213,27 @@ def resident(
                 if holes:
                     m2 = _squares(x, mean, z != -inf)
                 else:
-                    # the true class stands in as x = 0, the maximum, whose square M2 exceeds
-                    m2 = _squares(x, mean, exists) - mean * mean
+                    # a class left out stands in as x = 0, the maximum, whose square M2 exceeds
+                    m2 = _squares(x, mean, exists) - count * (mean * mean)
             if KIND == KL:
                 sx = _dot(e, x, others)
             if KIND == CHI2 or KIND == VARIANCE:
                 s2_ = _dot(e, e, others)
             # ---- finish
-            d = m - z_y
-            loss, ce, div, a, p, e0, ew, g_y = _finish(
-                n, inverse_n, base, z_y, d, _two_sum_error(m, -z_y, d), s1_, s2_, sx, mean, m2, sw, swx, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
-                KIND, SMOOTH, Z_LOSS,
-            )  # fmt: skip
+            margins = ()
+            for i in tl.static_range(len(labels)):
+                d = m - logits[i]
+                margins = margins + ((d, _two_sum_error(m, -logits[i], d)),)
+            moments = (n, inverse_n, s1_, s2_, sx, mean, m2, sw, swx)
+            loss, ce, div, weight, a, p, e0, ew, g_y = _finish_labels(
+                moments, base, labels, there, logits, margins, options, KIND, SMOOTH, Z_LOSS
+            )
             if loss_ptr is not None:
                 if REDUCTION == NONE:
                     _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div)
                 else:
                     acc += loss
-                    acc_w += w_y * sample
+                    acc_w += weight
                     acc_ce += ce
                     acc_div += div
             # ---- spread
@@ -225,7 +243,7 @@ def resident(
                 if KIND != 0 or SMOOTH:
                     if holes:
                         dz = _spread_holes(dz, z, w, a, ew, SMOOTH)
-                dz = tl.where(is_y, _across(g_y * scale), dz)
+                dz = _place(dz, c, out, _each_across(_scaled(g_y, scale)))
                 dz = dz.to(g_ptr.dtype.element_ty)
                 if ACCESS == FLAT:
                     _store_run(g_ptr, tile, rows, K, dz, A, R, B, P)

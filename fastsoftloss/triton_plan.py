@@ -12,7 +12,7 @@ from fastsoftloss import ops
 STRIDED, ROWS, FLAT = 0, 1, 2  # as in triton_kernels; ROWS: by triton_rows
 MAX_ROW_DIMS = 4
 
-_KEPT = 5  # floats a row that the backward finds again, triton_rows.FIELDS
+_KEPT = 4  # floats a row, and one for each label, that the backward finds again, triton_rows.FIELDS
 _MEAN = ops.REDUCTIONS.index("mean")
 
 _VECTOR_BYTES = 16
@@ -53,20 +53,20 @@ class Plan(NamedTuple):
 
 
 class SoftPlan(NamedTuple):
-    """For targets of more than one label: tiles ``[a, r, b]``, class a * b + b of row r, as many as the row asks for."""
+    """For class probabilities: tiles ``[a, r, b]``, class a * b + b of row r, as many as the row asks for."""
 
     a: int
     r: int
     b: int
-    run: int  # this and ``registers`` as of ``Plan``
     warps: int
-    registers: int
+    registers: int  # as of ``Plan``
     programs: int
 
 
-def fits(classes: int, itemsize: int) -> bool:
-    """Whether one program holds a row of this many classes; a property of the dtype alone, so that shapes decide it."""
-    return classes <= (4096 if itemsize == 8 else 16384)
+def fits(classes: int, itemsize: int, labels: int = 1) -> bool:
+    """Whether one program holds a row of this many classes; a property of dtype and form alone, so that shapes decide it."""
+    most = 4096 if itemsize == 8 else 16384
+    return classes <= (most if labels == 1 else most // 4)  # strided rows of two labels and more classes would spill
 
 
 def chunks_at_a_time(itemsize: int) -> int:
@@ -77,12 +77,13 @@ def chunks_at_a_time(itemsize: int) -> int:
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward writes the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]
-    if ops.form_of(logits, target) != "index":  # read anew for the gradient, whatever their length
+    form = ops.form_of(logits, target)
+    if form == "probabilities":  # read anew for the gradient, whatever their length
         return int(reduction == _MEAN), gradient
-    resident = fits(classes, logits.element_size())
-    if classes <= _FLAT_CLASSES or (gradient and resident):
+    labels = 2 if form == "mixture" else 1
+    if classes <= _FLAT_CLASSES or (gradient and fits(classes, logits.element_size(), labels)):
         return int(reduction == _MEAN), gradient
-    return 1 + _KEPT * target.numel(), False
+    return 1 + (_KEPT + labels) * (target.numel() // labels), False
 
 
 def _pow2(n: int) -> int:
@@ -100,6 +101,7 @@ def plan(
     gradient: bool = False,
     kept: bool = False,
     same: bool = True,
+    labels: int = 1,
 ) -> Plan:
     """The plan for ``rows`` x ``classes`` logits.
 
@@ -111,13 +113,14 @@ def plan(
         gradient: this pass writes it.
         kept: from row gradients that the forward has kept.
         same: the gradient has the strides of the logits.
+        labels: of a row, two in a mixture.
     """
     vector = _VECTOR_BYTES // itemsize
     align = _SECTOR_BYTES // itemsize
     by_vector = class_stride == 1 and aligned
     whole = classes % vector == 0
     start = next(n for n in (align, vector, 1) if n == 1 or (whole and all(s % n == 0 for s in row_strides)))
-    resident = fits(classes, itemsize)
+    resident = fits(classes, itemsize, labels)
     # places of a row in its memory sectors: those of its edges left out, those of the row before taken in
     places = classes // align * align if start == 1 else classes + (vector if start < align else 0)
     if kept or not resident:
@@ -159,24 +162,18 @@ def plan(
             r = max(1, min(128, size // padded))
             b = min(padded, 128 // r)
         a = padded // b
-        warps = max(4, min(32, padded * r // 32 // (32 if itemsize < 8 else 16)))
-        registers = min(168 if itemsize < 8 else _REGISTERS, _ALL_REGISTERS // (32 * warps))
+        each = (32 if itemsize < 8 else 16) // labels  # of two there is more to hold beside the elements
+        warps = max(4, min(32, padded * r // 32 // each))
+        registers = min(168 if itemsize < 8 and labels == 1 else _REGISTERS, _ALL_REGISTERS // (32 * warps))
     programs = min(-(-rows // r), multiprocessors * max(1, 32 // warps))
     return Plan(True, access, a, r, b, vector, run, align, start, warps, registers, programs, 1)
 
 
-def mixture_plan(index: Plan, rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
-    """The plan for two labels a row: that for one, ``index``, where its tiles are of the same kind and a thread has part of one row."""
-    if index.access != ROWS and index.r * index.b == 32 * index.warps:
-        return SoftPlan(index.a, index.r, index.b, index.run, index.warps, _REGISTERS, index.programs)
-    return soft_plan(rows, classes, itemsize, multiprocessors, 32)
-
-
-def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int, most: int = 16) -> SoftPlan:
-    """The plan for ``rows`` x ``classes`` logits and class probabilities; ``most``: 32-bit elements a thread, more would spill."""
-    each = most if itemsize < 8 else most // 4
+def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
+    """The plan for ``rows`` x ``classes`` logits and class probabilities."""
+    each = 16 if itemsize < 8 else 4  # elements a thread; more would spill
     b = min(256, max(2, _pow2(-(-classes // each))))  # with one the classes would be dealt out to threads as neighbours
     a = min(each, _pow2(-(-classes // b)))
     warps = max(4, b // 32)
     r = 32 * warps // b
-    return SoftPlan(a, r, b, 0, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))
+    return SoftPlan(a, r, b, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))

@@ -23,26 +23,31 @@ from fastsoftloss.triton_finish import (
     NONE,
     REVERSE_KL,
     VARIANCE,
-    _finish,
+    _count,
     _finite,
     _fma,
+    _inverse_left,
+    _is_any,
     _keep_rows,
     _keep_totals,
-    _labels,
-    _labels_once,
+    _left_out,
+    _logits_of,
     _offset,
+    _place,
     _quotient,
+    _row_labels,
     _row_scale,
-    _row_weights,
     _scale,
+    _scaled,
     _spread,
     _spread_holes,
     _two_sum_error,
 )
+from fastsoftloss.triton_mixture import _finish_labels
 
 # beyond it the exponents of some e^x, and of their products in a gradient, would come near the ends of float32
 LIMIT = tl.constexpr(2.0**40)
-FIELDS = tl.constexpr(5)  # of a saved row gradient
+FIELDS = tl.constexpr(4)  # of a saved row gradient, beside one for each class left out
 
 
 # ---------------------------------------------------------------- places
@@ -52,6 +57,14 @@ FIELDS = tl.constexpr(5)  # of a saved row gradient
 def _of_rows(row_scalar):
     """[R] -> [R, 1, 1]"""
     return tl.expand_dims(tl.expand_dims(row_scalar, 1), 2)
+
+
+@triton.jit
+def _each_of_rows(values):
+    of_rows = ()
+    for i in tl.static_range(len(values)):
+        of_rows = of_rows + (_of_rows(values[i]),)
+    return of_rows
 
 
 @triton.jit
@@ -89,6 +102,40 @@ def _edges(first, end, K, ALIGN: tl.constexpr, L: tl.constexpr):
     i = tl.expand_dims(tl.expand_dims(few, 0), 0) * L + tl.expand_dims(tl.expand_dims(tl.arange(0, L), 0), 2)
     c = tl.where(i < ALIGN, i, i - ALIGN + first + end)
     return c, tl.where(i < ALIGN, i < first, c < K)
+
+
+@triton.jit
+def _less(places, shift):
+    """Each of ``places`` less shift."""
+    less = ()
+    for i in tl.static_range(len(places)):
+        less = less + (places[i] - shift,)
+    return less
+
+
+@triton.jit
+def _within(places, begin, end):
+    """Whether each of ``places`` lies in begin..end."""
+    within = ()
+    for i in tl.static_range(len(places)):
+        within = within + ((places[i] >= begin) & (places[i] < end),)
+    return within
+
+
+@triton.jit
+def _chunk_of_each(places, B: tl.constexpr):
+    """Which chunk of B places each of ``places`` is in, or -1."""
+    chunks = ()
+    for i in tl.static_range(len(places)):
+        chunks = chunks + (tl.where(places[i] >= 0, places[i] // B, -1),)
+    return chunks
+
+
+@triton.jit
+def _live_sample(label):
+    """The sample weight of a label that asks for a gradient, else 0."""
+    _, _, sample, counted, good = label
+    return tl.where(counted & good, sample, 0.0)
 
 
 # ---------------------------------------------------------------- reduce
@@ -203,20 +250,20 @@ def _add(s1, s2, sx, d1, d2, x, e, KIND: tl.constexpr, SMOOTH: tl.constexpr):
 
 @triton.jit
 def _careful(
-    z_ptr, weight_ptr, z_row, sc, y, live, start, stop,
+    z_ptr, weight_ptr, z_row, sc, out, live, start, stop,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, L: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The moments of classes start..stop of each row whatever its logits are, relative to a base near the complement's maximum, in three readings."""
     inf = float("inf")
     at = _of_rows(z_row)
     reads = _of_rows(live)
-    label = _of_rows(y)
+    out = _each_of_rows(out)
     p = _positions(L, V)
     zero = tl.zeros((z_row.shape[0], L, V), DTYPE)
     top = zero - inf
     for i in range(start, stop, L * V):
         c = p + i
-        z = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (c != label) & reads, other=-inf).to(DTYPE)
+        z = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (_is_any(c, out) == 0) & reads, other=-inf).to(DTYPE)
         top = tl.maximum(top, z)
     row_top = _finite(tl.max(tl.max(top, 2), 1))
     row_base = _marked(_base(row_top), 1)
@@ -229,7 +276,7 @@ def _careful(
     s1, s2, sx, d1, sw, swx = zero, zero, zero, zero, zero, zero
     for i in range(start, stop, L * V):
         c = p + i
-        others = (c < stop) & (c != label) & reads
+        others = (c < stop) & (_is_any(c, out) == 0) & reads
         x = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=others, other=-inf).to(DTYPE)
         x = _x(x, base)
         e = _power(x)
@@ -254,7 +301,7 @@ def _careful(
     if KIND == LOGIT_VARIANCE:
         for i in range(start, stop, L * V):
             c = p + i
-            x = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (c != label) & reads, other=-inf).to(DTYPE)
+            x = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (_is_any(c, out) == 0) & reads, other=-inf).to(DTYPE)
             x = _x(x, base)
             x = tl.where(x != -inf, x - _of_rows(mean), 0.0)
             m2 += x * x
@@ -265,30 +312,40 @@ def _careful(
 
 
 @triton.jit
-def _save(saved_ptr, row, rows, base, a, p, e0, g_y):
-    """saved[row] = what the backward wants of a row: FIELDS floats side by side, since a row alone would waste a sector on each."""
-    nothing = tl.zeros_like(a)
-    fields = tl.join(tl.join(tl.join(base, g_y), tl.join(p, nothing)), tl.join(tl.join(a, nothing), tl.join(e0, nothing)))
+def _fields(row, rows, LABELS: tl.constexpr):
+    """(where the fields of a row's gradient lie, which of 8 there are): side by side, since a row alone would waste a sector on each."""
     i = tl.expand_dims(tl.arange(0, 8), 0)
-    at = tl.expand_dims(row, 1).to(tl.int64) * FIELDS + i
-    inside = (tl.expand_dims(row, 1) < rows) & (i < FIELDS)
+    return tl.expand_dims(row, 1).to(tl.int64) * (FIELDS + LABELS) + i, (tl.expand_dims(row, 1) < rows) & (i < FIELDS + LABELS)
+
+
+@triton.jit
+def _save(saved_ptr, row, rows, base, a, p, e0, g_y):
+    """saved[row] = what the backward wants of a row: base, a, p, e0 and the gradient of each class left out."""
+    nothing = tl.zeros_like(a)
+    last = nothing
+    if len(g_y) == 2:
+        last = g_y[1]
+    fields = tl.join(tl.join(tl.join(base, g_y[0]), tl.join(p, nothing)), tl.join(tl.join(a, last), tl.join(e0, nothing)))
+    at, inside = _fields(row, rows, len(g_y))
     tl.store(saved_ptr + at, tl.reshape(fields, (row.shape[0], 8)), mask=inside)
 
 
 @triton.jit
-def _saved(saved_ptr, row, rows):
-    """(base, a, p, e0, g_y) as ``_save`` left them."""
-    i = tl.expand_dims(tl.arange(0, 8), 0)
-    at = tl.expand_dims(row, 1).to(tl.int64) * FIELDS + i
-    fields = tl.load(saved_ptr + at, mask=(tl.expand_dims(row, 1) < rows) & (i < FIELDS), other=0.0)
+def _saved(saved_ptr, row, rows, LABELS: tl.constexpr):
+    """(base, a, p, e0, dz of each class left out) as ``_save`` left them."""
+    at, inside = _fields(row, rows, LABELS)
+    fields = tl.load(saved_ptr + at, mask=inside, other=0.0)
     even, odd = tl.split(tl.reshape(fields, (row.shape[0], 2, 2, 2)))
     bg, p_ = tl.split(even)
     a_, e0_ = tl.split(odd)
-    base, g_y = tl.split(bg)
+    base, g = tl.split(bg)
     p, _ = tl.split(p_)
-    a, _ = tl.split(a_)
+    a, last = tl.split(a_)
     e0, _ = tl.split(e0_)
-    return base, a, p, e0, g_y
+    if LABELS == 1:
+        return base, a, p, e0, (g,)
+    else:
+        return base, a, p, e0, (g, last)
 
 
 # ---------------------------------------------------------------- finish, spread
@@ -296,28 +353,28 @@ def _saved(saved_ptr, row, rows):
 
 @triton.jit
 def _finish_rows(
-    n, inverse_n, base, s1, s2, sx, mean, m2, sw, swx, z_y, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
+    n, inverse_n, base, s1, s2, sx, mean, m2, sw, swx, labels, there, logits, options,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """``_finish`` of moments in the units of x; what the gradient multiplies with x is in them again."""
-    d, error = _margin(z_y, base)
-    d = tl.where(n == 0.0, -float("inf") - z_y, d)  # NaN where nothing at all is left
+    """``_finish_labels`` of moments in the units of x; what the gradient multiplies with x is in them again."""
+    margins = ()
+    for i in tl.static_range(len(labels)):
+        d, error = _margin(logits[i], base)
+        margins = margins + ((tl.where(n == 0.0, -float("inf") - logits[i], d), error),)  # NaN where nothing at all is left
     base = tl.where(n == 0.0, 0.0, _natural(base))
-    loss, ce, div, a, q, e0, ew, g_y = _finish(
-        n, inverse_n, base, z_y, d, error, s1, s2, _natural(sx), _natural(mean), _natural2(m2), sw, _natural(swx),
-        w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss, KIND, SMOOTH, Z_LOSS,
-    )  # fmt: skip
+    moments = (n, inverse_n, s1, s2, _natural(sx), _natural(mean), _natural2(m2), sw, _natural(swx))
+    loss, ce, div, weight, a, q, e0, ew, g_y = _finish_labels(moments, base, labels, there, logits, margins, options, KIND, SMOOTH, Z_LOSS)
     if KIND == LOGIT_VARIANCE or KIND == KL:
         q = _natural(q)
-    if KIND == LOGIT_VARIANCE:  # of a flat row x q - mean q would be a rounding
+    if KIND == LOGIT_VARIANCE and len(labels) == 1:  # of a flat row x q - mean q would be a rounding
         q = tl.where(m2 == 0.0, 0.0, q)
         e0 = tl.where(m2 == 0.0, 0.0, e0)
-    return loss, ce, div, a, q, e0, ew, g_y
+    return loss, ce, div, weight, a, q, e0, ew, g_y
 
 
 @triton.jit
 def _spread_any(
-    z_ptr, g_ptr, weight_ptr, z_at, g_at, c, inside, reads, writes, label, base, a, q, e0, ew, g_y,
+    z_ptr, g_ptr, weight_ptr, z_at, g_at, c, inside, reads, writes, out, base, a, q, e0, ew, g_y,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of classes c where ``inside``, whatever their logits are."""
@@ -327,7 +384,7 @@ def _spread_any(
         w = tl.load(weight_ptr + c, mask=inside, other=0.0)
     x = _x(z, base)
     dz = _spread_holes(_spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH), x, w, a, ew, SMOOTH)
-    tl.store(g_ptr + g_at, tl.where(c == label, g_y, dz).to(g_ptr.dtype.element_ty), mask=inside & writes)
+    tl.store(g_ptr + g_at, _place(dz, c, out, g_y).to(g_ptr.dtype.element_ty), mask=inside & writes)
 
 
 # ---------------------------------------------------------------- rows that fit on chip
@@ -339,19 +396,22 @@ def _or(a, b):
 
 
 @triton.jit
-def _chunks_of(place, stop, B: tl.constexpr):
-    """Which chunks of B places hold one of ``place`` [R], for ``_holds``: a bit for each, or the chunk of the only row."""
-    chunk = place // B
-    there = (place >= 0) & (place < stop)
-    if place.shape[0] == 1:
+def _chunks_of(places, stop, B: tl.constexpr):
+    """Which chunks of B places hold any of ``places``, [R] each, for ``_holds``: a bit for each, or the chunk of the only one."""
+    bits = places[0] * 0
+    for i in tl.static_range(len(places)):
+        chunk = places[i] // B
+        there = (places[i] >= 0) & (places[i] < stop)
+        bits |= tl.where(there, 1 << chunk, 0)
+    if places[0].shape[0] == 1 and len(places) == 1:
         return tl.max(tl.where(there, chunk, -1), 0)
     else:
-        return tl.reduce(tl.where(there, 1 << chunk, 0), 0, _or)
+        return tl.reduce(bits, 0, _or)
 
 
 @triton.jit
-def _holds(chunks, i, R: tl.constexpr):
-    if R == 1:
+def _holds(chunks, i, ONE: tl.constexpr):
+    if ONE:
         return chunks == i
     else:
         return (chunks >> i) & 1 != 0
@@ -359,8 +419,8 @@ def _holds(chunks, i, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def resident_rows(
-    z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr, divisor_ptr, shares_ptr, counter_ptr,
-    saved_ptr,
+    z_ptr, g_ptr, target_ptr, other_ptr, weight_ptr, sample_ptr, other_sample_ptr, upstream_ptr, loss_ptr, parts_ptr, partials_ptr,
+    divisor_ptr, shares_ptr, counter_ptr, saved_ptr,
     rows, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, target_stride, sample_stride, upstream_stride,
     ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
@@ -371,7 +431,7 @@ def resident_rows(
 
     loss_ptr, parts_ptr: where the row losses go, or with a reduction the total (written by the last program to finish
     if counter_ptr is given, else by ``total``). upstream_ptr: the gradient from above, () or one a row. saved_ptr: where
-    the backward will look for each row's gradient.
+    the backward will look for each row's gradient. other_ptr, other_sample_ptr: where a row has a second label, that and its weight.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -381,8 +441,9 @@ def resident_rows(
     EDGE_SLOTS: tl.constexpr = (2 * ALIGN if L < 2 * ALIGN else L) if EDGES else 0
     HEAD: tl.constexpr = START < ALIGN and not EDGES
     MIN_END: tl.constexpr = K // ALIGN * ALIGN - ALIGN if EDGES else K
-    STAND_INS: tl.constexpr = A * B + EDGE_SLOTS - (K - 1)
-    LOOK: tl.constexpr = K >= 2048 or (g_ptr is not None and not EDGES)  # up the true class: a memory sector more, fewer instructions
+    # up the true class: a memory sector more, fewer instructions
+    LOOK: tl.constexpr = K >= 2048 or (g_ptr is not None and not EDGES) or other_ptr is not None
+    ONE: tl.constexpr = R == 1 and other_ptr is None
     inf = float("inf")
     acc = tl.zeros((R,), DTYPE)
     acc_w = acc
@@ -390,24 +451,26 @@ def resident_rows(
     acc_div = acc
     scale_all, work_all = _scale(shares_ptr, divisor_ptr, upstream_ptr, SHARES, UPSTREAM_ROWS, RESCALE, DTYPE)
 
+    targets = (target_ptr, other_ptr, target_stride)
+    samples = (sample_ptr, other_sample_ptr, sample_stride)
+    options = (K, smoothing, diversity_weight, z_loss)
     p = _positions(L, V)
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
         scale, work = _row_scale(scale_all, work_all, upstream_ptr, row, rows, upstream_stride, UPSTREAM_ROWS, RESCALE)
         if work:
-            y, counted, good = _labels_once(target_ptr, row, rows, target_stride, ignore_index, K, COPIES)
-            w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
-            live = counted & good
+            labels = _row_labels(targets, samples, weight_ptr, row, rows, ignore_index, K, COPIES, DTYPE)
+            out, there, live = _left_out(labels)
             scale = tl.where(live, scale, 0.0)  # with no row that counts the mean's 1/0 stays out of the gradient
             reads = _of_rows(live)  # a row that asks for no gradient is flat
             z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
             low, first, begin, end = _window(z_row, K, START, ALIGN)
-            place = y - first  # of the true class
+            places = _less(out, first)  # of the classes left out
             if LOOK:
-                z_y = tl.load(z_ptr + z_row + y, mask=live, other=0.0).to(DTYPE)
-            holds = _chunks_of(place, A * B, B)
+                logits = _logits_of(z_ptr, z_row, 1, labels, DTYPE)
+            holds = _chunks_of(places, A * B, B)
             z_at = z_ptr + (_of_rows(low) + p)
-            label = _of_rows(place)
+            places_ = _each_of_rows(places)
             first_, begin_, end_ = _of_rows(first), _of_rows(begin), _of_rows(end)
             # ---- load
             chunks = ()
@@ -420,20 +483,22 @@ def resident_rows(
                 chunks = chunks + (tl.load(z_at + i * B, mask=inside, other=0.0),)
             if EDGES:
                 edge_c, edge_there = _edges(first_, end_, K, ALIGN, L)
-                edge_others = edge_there & (edge_c != label + first_)
+                edge_others = edge_there & (_is_any(edge_c, places_, -first_) == 0)
                 edge_z = tl.load(z_ptr + _of_rows(z_row) + edge_c, mask=edge_there & reads, other=0.0).to(DTYPE)
             # ---- reduce
             z = chunks[0].to(DTYPE)
-            first_has_y = (place >= begin) & (place < B)
-            inverse_n = tl.where(first_has_y, 1 / (B - 1), 1 / B)
+            in_first = _within(places, begin, B)
+            inverse_n = _inverse_left(B, in_first, 0.0)
             if HEAD:  # a row begins at place 0 or START
-                inverse_n = tl.where(begin > 0, tl.where(first_has_y, 1 / (B - START - 1), 1 / (B - START)), inverse_n)
+                inverse_n = tl.where(begin > 0, _inverse_left(B - START, in_first, 0.0), inverse_n)
             if LOOK:
                 z_sum = z * 0.0
-                base = _row_sum(z) - tl.where(first_has_y, z_y, 0.0)
+                base = _row_sum(z)
+                for i in tl.static_range(len(labels)):
+                    base -= tl.where(in_first[i], logits[i], 0.0)
             else:
-                z_sum = tl.where(p == label, z, 0.0)
-                base = _row_sum(tl.where(p == label, 0.0, z))
+                z_sum = tl.where(p == places_[0], z, 0.0)
+                base = _row_sum(tl.where(p == places_[0], 0.0, z))
             base = _marked(_base(base * inverse_n), 0)
             base_ = _of_rows(base)
             s1_, s2_, sx, d1, d2 = z, z, z, z, z
@@ -446,10 +511,10 @@ def resident_rows(
                     x = tl.where(p >= begin_, x, 0.0)
                 if (i + 1) * B > MIN_END:
                     x = tl.where(p + i * B < end_, x, 0.0)
-                if _holds(holds, i, R):
+                if _holds(holds, i, ONE):
                     if not LOOK and i > 0:
-                        z_sum += tl.where(p == label - i * B, z, 0.0)
-                    x = tl.where(p == label - i * B, 0.0, x)
+                        z_sum += tl.where(p == places_[0] - i * B, z, 0.0)
+                    x = tl.where(_is_any(p, places_, i * B), 0.0, x)
                 e = _power(x)
                 if i == 0:  # an addition of 0 is not folded away
                     s1_, s2_, sx, d1, d2 = e, e * e, e * x, x, x * x
@@ -472,11 +537,12 @@ def resident_rows(
                 z_sum = tl.sum(z_sum, 2)
                 if EDGES:
                     z_sum += tl.sum(tl.where(edge_there & (edge_others == 0), edge_z, 0.0), 2)
-                z_y = tl.sum(z_sum, 1)
-            s1_ -= STAND_INS
-            s2_ -= STAND_INS
-            n = tl.zeros_like(s1_) + (K - 1)
-            inverse_n = tl.zeros_like(s1_) + 1 / (K - 1)
+                logits = (tl.sum(z_sum, 1),)
+            count = _count(there, s1_)
+            s1_ -= count + (A * B + EDGE_SLOTS - K)
+            s2_ -= count + (A * B + EDGE_SLOTS - K)
+            n = K - count
+            inverse_n = _inverse_left(K, there, tl.zeros_like(s1_))
             mean = d1 * inverse_n
             m2 = d2 - d1 * mean
             sw = n
@@ -485,7 +551,7 @@ def resident_rows(
                 sw = tl.zeros_like(z)
                 swx = sw
                 for i in tl.static_range(A):
-                    others = (p + i * B >= begin_) & (p + i * B < end_) & (p + i * B != label)
+                    others = (p + i * B >= begin_) & (p + i * B < end_) & (_is_any(p + i * B, places_) == 0)
                     w = tl.load(weight_ptr + (p + i * B + first_), mask=others, other=0.0)
                     sw += w
                     swx += w * xs[i]
@@ -498,19 +564,18 @@ def resident_rows(
             good_base = (tl.abs(d1) < inf) & (s1_ < LIMIT) & (_flat(n, base, m2, KIND) == 0)
             careful = tl.max(good_base.to(tl.int32) ^ 1, 0) != 0
             if careful:
-                n, base, s1_, s2_, sx, mean, m2, sw, swx = _careful(z_ptr, weight_ptr, z_row, 1, y, live, 0, K, KIND, SMOOTH, L, V, DTYPE)
+                n, base, s1_, s2_, sx, mean, m2, sw, swx = _careful(z_ptr, weight_ptr, z_row, 1, out, live, 0, K, KIND, SMOOTH, L, V, DTYPE)
                 inverse_n = 1.0 / tl.maximum(n, 1.0)
             # ---- finish
-            loss, ce, div, a, q, e0, ew, g_y = _finish_rows(
-                n, inverse_n, base, s1_, s2_, sx, mean, m2, sw, swx, z_y, w_y, sample, counted, good, K, smoothing, diversity_weight, z_loss,
-                KIND, SMOOTH, Z_LOSS,
-            )  # fmt: skip
+            loss, ce, div, weight, a, q, e0, ew, g_y = _finish_rows(
+                n, inverse_n, base, s1_, s2_, sx, mean, m2, sw, swx, labels, there, logits, options, KIND, SMOOTH, Z_LOSS
+            )
             if loss_ptr is not None:
                 if REDUCTION == NONE:
                     _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div)
                 else:
                     acc += loss
-                    acc_w += w_y * sample
+                    acc_w += weight
                     acc_ce += ce
                     acc_div += div
             if saved_ptr is not None:
@@ -522,7 +587,7 @@ def resident_rows(
                     _of_rows(q * scale),
                     _of_rows(e0 * scale),
                     _of_rows(ew * scale),
-                    _of_rows(g_y * scale),
+                    _each_of_rows(_scaled(g_y, scale)),
                 )
                 g_row = _offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)
                 g_at = _of_rows(g_row)
@@ -531,7 +596,7 @@ def resident_rows(
                     for start in range(0, K, B):
                         _spread_any(
                             z_ptr, g_ptr, weight_ptr, _of_rows(z_row) + (p + start), g_at + (p + start) * tc, p + start, p + start < K, reads, writes,
-                            _of_rows(y), _of_rows(base), a, q, e0, ew, g_y, KIND, SMOOTH, DTYPE,
+                            _each_of_rows(out), _of_rows(base), a, q, e0, ew, g_y, KIND, SMOOTH, DTYPE,
                         )  # fmt: skip
                 else:
                     w = None
@@ -546,13 +611,16 @@ def resident_rows(
                         if SMOOTH and weight_ptr is not None:
                             w = tl.load(weight_ptr + (p + i * B + first_), mask=inside, other=0.0)
                         dz = _spread(xs[i], es[i], w, a, q, e0, ew, KIND, SMOOTH)
-                        if _holds(holds, i, R):
-                            dz = tl.where(p == label - i * B, g_y, dz)
+                        if _holds(holds, i, ONE):
+                            dz = _place(dz, p, places_, g_y, i * B)
                         tl.store(g_to + i * B * (1 if SAME else tc), dz.to(g_ptr.dtype.element_ty), mask=inside)
                     if EDGES:
                         if SMOOTH and weight_ptr is not None:
                             w = tl.load(weight_ptr + edge_c, mask=edge_there, other=0.0)
-                        dz = tl.where(edge_others, _spread(edge_x, edge_e, w, a, q, e0, ew, KIND, SMOOTH), g_y)
+                        own = g_y[0]
+                        if other_ptr is not None:
+                            own = tl.where(edge_c == places_[1] + first_, g_y[1], own)
+                        dz = tl.where(edge_others, _spread(edge_x, edge_e, w, a, q, e0, ew, KIND, SMOOTH), own)
                         tl.store(g_ptr + g_at + edge_c * tc, dz.to(g_ptr.dtype.element_ty), mask=edge_there & writes)
     if loss_ptr is not None and REDUCTION != NONE:
         _keep_totals(
@@ -580,11 +648,13 @@ def _lanes(t):
 
 
 @triton.jit
-def _lane_counts(begin, end, label, L: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr):
-    """[L]: how many of each lane's V places lie in begin..end, the true class's left out."""
+def _lane_counts(begin, end, places, L: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr):
+    """[L]: how many of each lane's V places lie in begin..end, the ``places`` left out."""
     at = tl.arange(0, L) * V
     n = tl.minimum(tl.maximum(end - at, 0), V) - tl.minimum(tl.maximum(begin - at, 0), V)
-    return (n - ((label >= begin) & (label < end) & (label - at >= 0) & (label - at < V)).to(tl.int32)).to(DTYPE)
+    for i in tl.static_range(len(places)):
+        n -= ((places[i] >= begin) & (places[i] < end) & (places[i] - at >= 0) & (places[i] - at < V)).to(tl.int32)
+    return n.to(DTYPE)
 
 
 @triton.jit
@@ -645,7 +715,7 @@ def _merge(n, m, s1, s2, sx, mean, m2, sw, swx, KIND: tl.constexpr, SMOOTH: tl.c
 
 @triton.jit(do_not_specialize=["rows", "K", "splits", "chunks"])
 def long_reduce(
-    z_ptr, target_ptr, weight_ptr, moments_ptr,
+    z_ptr, target_ptr, other_ptr, weight_ptr, moments_ptr,
     rows, K, n1, n2, n3, s0, s1, s2, s3, sc, target_stride, ignore_index, splits, chunks,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, DIMS: tl.constexpr, START: tl.constexpr, ALIGN: tl.constexpr,
     L: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -660,17 +730,16 @@ def long_reduce(
     DTYPE: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
     B: tl.constexpr = L * V
     inf = float("inf")
-    y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
-    live = counted & good
+    labels = _row_labels((target_ptr, other_ptr, target_stride), (None, None, 0), None, row, rows, ignore_index, K, 0, DTYPE)
+    out, _, live = _left_out(labels)
     one = tl.zeros((1,), DTYPE)
     n, m, sum1, sum2, sumx, mean, m2, sw, swx = one, one, one, one, one, one, one, one, one
     if tl.max(live.to(tl.int32), 0) != 0:
         z_row = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS)
         low, first, begin, end = _window(z_row, K, START, ALIGN)
         at, first_, begin_, end_ = _of_rows(low), _of_rows(first), _of_rows(begin), _of_rows(end)
-        place = y - first
-        label = _of_rows(place)
-        label_chunk = tl.max(tl.where(place >= 0, place // B, -1), 0)
+        places = _less(out, first)
+        places_ = _each_of_rows(places)
         stop_place = tl.max(end, 0)
         p = _positions(L, V)
         from_chunk = split * chunks
@@ -683,10 +752,10 @@ def long_reduce(
         q = p + from_chunk * B
         others = (q >= begin_) & (q < end_)
         z = _read(z_ptr, at, q, sc, others, ALIGN, DTYPE)
-        others = others & (q != label)
+        others = others & (_is_any(q, places_) == 0)
         z = tl.where(others, z, 0.0)
         from_place = from_chunk * B
-        block_n = _lane_counts(begin - from_place, tl.minimum(end - from_place, B), place - from_place, L, V, DTYPE)
+        block_n = _lane_counts(begin - from_place, tl.minimum(end - from_place, B), _less(places, from_place), L, V, DTYPE)
         base = tl.sum(_row_sum(z), 0) / tl.maximum(tl.sum(block_n, 0), 1.0) + lane
         base = _marked(_base(base), 0)
         x = tl.where(others, _x(z, tl.expand_dims(tl.expand_dims(base, 0), 2)), 0.0)
@@ -703,15 +772,17 @@ def long_reduce(
                 xs = ()
                 for i in tl.static_range(TILE):
                     xs = xs + (_x(tl.load(z_at + i * B * step).to(DTYPE), base_),)
-                if (label_chunk >= tile) & (label_chunk < tile + TILE):
-                    rest = ()
-                    for i in tl.static_range(TILE):
-                        rest = rest + (tl.where(p == label - (tile + i) * B, 0.0, xs[i]),)
-                    xs = rest
-                    stand_in = (tl.arange(0, L) == place % B // V).to(DTYPE)
-                    block_n -= stand_in
-                    lane_1 -= stand_in
-                    lane_2 -= stand_in
+                for k in tl.static_range(len(places)):
+                    chunk = tl.max(tl.where(places[k] >= 0, places[k] // B, -1), 0)
+                    if (chunk >= tile) & (chunk < tile + TILE):
+                        rest = ()
+                        for i in tl.static_range(TILE):
+                            rest = rest + (tl.where(p == places_[k] - (tile + i) * B, 0.0, xs[i]),)
+                        xs = rest
+                        stand_in = (tl.arange(0, L) == places[k] % B // V).to(DTYPE)
+                        block_n -= stand_in
+                        lane_1 -= stand_in
+                        lane_2 -= stand_in
                 for i in tl.static_range(TILE):
                     block = _add(block[0], block[1], block[2], block[3], block[4], xs[i], _power(xs[i]), KIND, SMOOTH)
                 block_n += TILE * V
@@ -725,14 +796,14 @@ def long_reduce(
             q = p + chunk * B
             others = (q >= begin_) & (q < end_)
             z = _read(z_ptr, at, q, sc, others, ALIGN, DTYPE)
-            others = others & (q != label)
+            others = others & (_is_any(q, places_) == 0)
             x = tl.where(others, _x(z, base_), 0.0)
             block = _add(block[0], block[1], block[2], block[3], block[4], x, tl.where(others, _power(x), 0.0), KIND, SMOOTH)
-            block_n += _lane_counts(begin - chunk * B, end - chunk * B, place - chunk * B, L, V, DTYPE)
+            block_n += _lane_counts(begin - chunk * B, end - chunk * B, _less(places, chunk * B), L, V, DTYPE)
         if START * 2 < ALIGN:
             if (split == 0) | last:
                 c = tl.where(p < ALIGN, p, p - ALIGN + first_ + end_)
-                others = tl.where(p < ALIGN, (p < first_) & (split == 0), (c < K) & last) & (c != _of_rows(y))
+                others = tl.where(p < ALIGN, (p < first_) & (split == 0), (c < K) & last) & (_is_any(c, _each_of_rows(out)) == 0)
                 x = tl.where(others, _x(_read(z_ptr, _of_rows(z_row), c, sc, others, ALIGN, DTYPE), base_), 0.0)
                 block = _add(block[0], block[1], block[2], block[3], block[4], x, tl.where(others, _power(x), 0.0), KIND, SMOOTH)
                 block_n += _lanes(tl.where(others, zero + 1.0, 0.0))
@@ -754,7 +825,7 @@ def long_reduce(
         bad = (tl.max(bad.to(tl.int32), 0) != 0) | (tl.max(_flat(n, m, m2, KIND).to(tl.int32), 0) != 0)
         if bad | (SMOOTH and weight_ptr is not None):
             n, m, sum1, sum2, sumx, mean, m2, sw, swx = _careful(
-                z_ptr, weight_ptr, z_row, sc, y, live, start, stop, KIND, SMOOTH, L, V, DTYPE
+                z_ptr, weight_ptr, z_row, sc, out, live, start, stop, KIND, SMOOTH, L, V, DTYPE
             )
     at = moments_ptr + tl.cast(program, tl.int64) + tl.arange(0, 1)
     field = tl.cast(rows, tl.int64) * splits
@@ -771,7 +842,7 @@ def long_reduce(
 
 @triton.jit(do_not_specialize=["rows", "K", "splits"])
 def long_finish(
-    z_ptr, target_ptr, weight_ptr, sample_ptr, moments_ptr, divisor_ptr, saved_ptr, loss_ptr, parts_ptr,
+    z_ptr, target_ptr, other_ptr, weight_ptr, sample_ptr, other_sample_ptr, moments_ptr, divisor_ptr, saved_ptr, loss_ptr, parts_ptr,
     rows, K, n1, n2, n3, s0, s1, s2, s3, sc, target_stride, sample_stride, ignore_index, splits,
     smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr, DIMS: tl.constexpr,
@@ -783,12 +854,14 @@ def long_finish(
     acc_w = acc
     acc_ce = acc
     acc_div = acc
+    targets = (target_ptr, other_ptr, target_stride)
+    samples = (sample_ptr, other_sample_ptr, sample_stride)
+    options = (K, smoothing, diversity_weight, z_loss)
     for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
         row = start + tl.arange(0, R)
-        y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
-        w_y, sample = _row_weights(weight_ptr, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
-        z_at = _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS) + y.to(tl.int64) * sc
-        z_y = tl.load(z_ptr + z_at, mask=counted & good, other=0.0).to(DTYPE)
+        labels = _row_labels(targets, samples, weight_ptr, row, rows, ignore_index, K, 0, DTYPE)
+        left_out = _left_out(labels)[1]
+        logits = _logits_of(z_ptr, _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS), sc, labels, DTYPE)
         split = tl.expand_dims(tl.arange(0, SPLITS), 0)
         there = (tl.expand_dims(row, 1) < rows) & (split < splits)
         at = moments_ptr + tl.expand_dims(row, 1).to(tl.int64) * splits + split
@@ -806,16 +879,15 @@ def long_finish(
             KIND,
             SMOOTH,
         )
-        loss, ce, div, a, q, e0, ew, g_y = _finish_rows(
-            n, 1.0 / tl.maximum(n, 1.0), m, sum1, sum2, sumx, mean, m2, sw, swx, z_y, w_y, sample, counted, good, K,
-            smoothing, diversity_weight, z_loss, KIND, SMOOTH, Z_LOSS,
-        )  # fmt: skip
+        loss, ce, div, weight, a, q, e0, ew, g_y = _finish_rows(
+            n, 1.0 / tl.maximum(n, 1.0), m, sum1, sum2, sumx, mean, m2, sw, swx, labels, left_out, logits, options, KIND, SMOOTH, Z_LOSS
+        )
         _save(saved_ptr, row, rows, m, a, q, e0, g_y)
         if REDUCTION == NONE:
             _keep_rows(loss_ptr, parts_ptr, row, rows, loss, ce, div)
         else:
             acc += loss
-            acc_w += w_y * sample
+            acc_w += weight
             acc_ce += ce
             acc_div += div
     if REDUCTION != NONE:
@@ -836,7 +908,7 @@ def long_finish(
 
 @triton.jit(do_not_specialize=["rows", "K", "splits", "chunks"])
 def spread_rows(
-    z_ptr, g_ptr, target_ptr, weight_ptr, sample_ptr, upstream_ptr, divisor_ptr, saved_ptr,
+    z_ptr, g_ptr, target_ptr, other_ptr, weight_ptr, sample_ptr, other_sample_ptr, upstream_ptr, divisor_ptr, saved_ptr,
     rows, K, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, target_stride, sample_stride, upstream_stride,
     ignore_index, smoothing: "fp64", splits, chunks,
     KIND: tl.constexpr, SMOOTH: tl.constexpr, REDUCTION: tl.constexpr, DIMS: tl.constexpr,
@@ -848,25 +920,28 @@ def spread_rows(
     row = program // splits * R + tl.arange(0, R)
     DTYPE: tl.constexpr = saved_ptr.dtype.element_ty
     B: tl.constexpr = L * V
-    y, counted, good = _labels(target_ptr, row, rows, target_stride, ignore_index, K)
-    live = counted & good
+    samples = (sample_ptr, other_sample_ptr, sample_stride)
+    labels = _row_labels((target_ptr, other_ptr, target_stride), samples, None, row, rows, ignore_index, K, 0, DTYPE)
+    out, _, live = _left_out(labels)
     scale = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride, mask=row < rows, other=0.0)
     if REDUCTION == MEAN:
         scale = scale / tl.load(divisor_ptr)
     scale = tl.where(live, scale, 0.0)
-    base, a, q, e0, g_y = _saved(saved_ptr, row, rows)
+    base, a, q, e0, g_y = _saved(saved_ptr, row, rows, len(labels))
     holes = tl.max(_odd(base), 0) != 0
     ew = scale * 0.0
     if SMOOTH:
-        _, sample = _row_weights(None, sample_ptr, row, rows, sample_stride, y, counted, DTYPE)
-        ew = tl.where(live, scale * sample * (smoothing / K).to(DTYPE), 0.0)
+        sample = _live_sample(labels[0])
+        if other_ptr is not None:
+            sample += _live_sample(labels[1])
+        ew = scale * sample * (smoothing / K).to(DTYPE)
     base, a, q, e0, ew, g_y = (
         _of_rows(base),
         _of_rows(a * scale),
         _of_rows(q * scale),
         _of_rows(e0 * scale),
         _of_rows(ew),
-        _of_rows(g_y * scale),
+        _each_of_rows(_scaled(g_y, scale)),
     )
     reads = _of_rows(live)
     writes = _of_rows(row < rows)
@@ -874,9 +949,9 @@ def spread_rows(
     g_row = _of_rows(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS))
     low, first, begin, end = _window(z_row, K, START, ALIGN)
     at, first_, begin_, end_ = _of_rows(low), _of_rows(first), _of_rows(begin), _of_rows(end)
-    place = y - first
-    label = _of_rows(place)
-    label_chunk = tl.where(place >= 0, place // B, -1)
+    places = _less(out, first)
+    places_ = _each_of_rows(places)
+    chunks_ = _chunk_of_each(places, B)
     p = _positions(L, V)
     from_chunk = split * chunks
     to_chunk = min(from_chunk + chunks, tl.cdiv(tl.max(end, 0), B))
@@ -895,8 +970,8 @@ def spread_rows(
             dz = _spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH)
             if holes:
                 dz = _spread_holes(dz, x, w, a, ew, SMOOTH)
-            if tl.max((label_chunk == tile + i).to(tl.int32), 0) != 0:
-                dz = tl.where(p == label - (tile + i) * B, g_y, dz)
+            if tl.max(_is_any(tile + i, chunks_).to(tl.int32), 0) != 0:
+                dz = _place(dz, p, places_, g_y, (tile + i) * B)
             tl.store(
                 g_at + (p + i * B if ALIGN > 0 and SAME else (p + i * B).to(tl.int64) * tc), dz.to(g_ptr.dtype.element_ty), mask=writes
             )
@@ -907,13 +982,13 @@ def spread_rows(
         z_to = at + (q_ if ALIGN > 0 else q_.to(tl.int64) * sc)
         g_to = g_shift + (q_ if ALIGN > 0 and SAME else q_.to(tl.int64) * tc)
         _spread_any(
-            z_ptr, g_ptr, weight_ptr, z_to, g_to, q_ + first_, (q_ >= begin_) & (q_ < end_), reads, writes, _of_rows(y), base, a, q, e0, ew, g_y,
+            z_ptr, g_ptr, weight_ptr, z_to, g_to, q_ + first_, (q_ >= begin_) & (q_ < end_), reads, writes, _each_of_rows(out), base, a, q, e0, ew, g_y,
             KIND, SMOOTH, DTYPE,
         )  # fmt: skip
     if START * 2 < ALIGN:
         if split == 0:
             c, inside = _edges(first_, end_, K, ALIGN, L)
             _spread_any(
-                z_ptr, g_ptr, weight_ptr, _of_rows(z_row) + c, g_row + c.to(tl.int64) * tc, c, inside, reads, writes, _of_rows(y),
+                z_ptr, g_ptr, weight_ptr, _of_rows(z_row) + c, g_row + c.to(tl.int64) * tc, c, inside, reads, writes, _each_of_rows(out),
                 base, a, q, e0, ew, g_y, KIND, SMOOTH, DTYPE,
             )  # fmt: skip

@@ -27,6 +27,7 @@ from fastsoftloss.triton_finish import (
     _keep_rows,
     _keep_totals,
     _log_sum,
+    _lower,
     _offset,
     _option,
     _penalty,
@@ -35,6 +36,7 @@ from fastsoftloss.triton_finish import (
     _scale,
     _spread,
     _two_sum_error,
+    _with,
 )
 from fastsoftloss.triton_kernels import _max, _sum
 
@@ -114,20 +116,6 @@ def _slope(of, x, e, KIND: tl.constexpr):
 
 
 @triton.jit
-def _lower(of, d, f, KIND: tl.constexpr):
-    """The same about a base that is lower by -d, with f = e^d."""
-    div, a, p, e0 = of
-    if KIND == LOGIT_VARIANCE:
-        e0 += p * d
-    elif KIND == KL:
-        a += tl.where(f > 0.0, p * d, 0.0)  # which may be infinite, and f takes all away
-        p *= f
-    else:
-        p *= f * f
-    return div, a * f, p, e0
-
-
-@triton.jit
 def _without(x, e, whole_row, KIND: tl.constexpr):
     """``_of`` all classes but one, which is neither the largest nor the smallest."""
     n, inverse_left, s1, s2, sx, mean, m2, p_hi = whole_row
@@ -137,14 +125,6 @@ def _without(x, e, whole_row, KIND: tl.constexpr):
     sx -= e * x
     m2 -= d * d * (n * inverse_left)
     return _of(n - 1.0, inverse_left, left, s2, sx, mean - d * inverse_left, m2, left * p_hi, e * p_hi, KIND)
-
-
-@triton.jit
-def _with(n, mean, m2, more, x, inverse_n):
-    """(mean, sum of squares about it) of n classes and ``more``, 1 or 0, at x; inverse_n: of their number."""
-    d = x - mean
-    step = d * more * inverse_n
-    return mean + step, m2 + n * d * step
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import DIVERSITIES, agree
 from test_exactness import assert_promised, rows_at
+from test_soft_targets import check as check_soft
 from torch import Tensor
 from triton_mode import INTERPRETED, copies_may_differ, device
 
@@ -187,6 +188,56 @@ def test_label_out_of_range_is_nan_with_no_gradient(classes: int, reduction: str
     gradient = operators.backward(torch.ones(()), moments, *arguments)
     for g in (gradient, dlogits) if dlogits.numel() else (gradient,):
         assert (g[:3] == 0).all() and (g[3] != 0).any()
+
+
+# where the two labels of a row of ``classes`` are; -100: ignored
+PAIRS = (
+    lambda k: (3, 3),  # one class
+    lambda k: (0, k - 1),  # the edges of a row that is not aligned
+    lambda k: (k - 1, k - 2),
+    lambda k: (8, 9),  # of one lane
+    lambda k: (5, k // 2),  # of two chunks
+    lambda k: (k // 3, 2),
+    lambda k: (5, -100),
+    lambda k: (-100, k - 2),
+    lambda k: (-100, -100),
+)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "diversity"),
+    [
+        (1000, BF16, "logit_variance"),  # half sectors
+        (1000, F16, "kl"),  # from what the forward has kept
+        (1003, F32, "variance"),  # edges
+        (4096, F32, "logit_variance"),  # one row a program
+        (5000, BF16, "reverse_kl"),  # rows that fit with one label, and do not with two
+        (20003, F32, "logit_variance"),  # splits of a row that is not aligned
+    ],
+)
+def test_mixtures_wherever_the_labels_are(classes: int, dtype: torch.dtype, diversity: str) -> None:
+    pairs = [pair(classes) for pair in PAIRS] * 4
+    first, second = torch.tensor(pairs).unbind(1)
+    logits, _ = batch(len(pairs), classes, F32)
+    part = len(PAIRS)
+    labels = logits[part : 3 * part].scatter(1, first[part : 3 * part, None].clamp(0), 60.0)  # one, then both far above
+    logits[part : 3 * part] = labels
+    logits[2 * part : 3 * part].scatter_(1, second[2 * part : 3 * part, None].clamp(0), 50.0)
+    for i in (*range(3 * part, 3 * part + 2), 3 * part + 4):  # read once more: masked, and all but the labels masked
+        keep = logits[i, [max(0, y) for y in pairs[i]]].clone()
+        logits[i, :: 2 if i > 3 * part + 1 else 1] = -torch.inf
+        logits[i, [max(0, y) for y in pairs[i]]] = keep
+    logits[3 * part + 5] += 1e4 if dtype is F32 else 0.0
+    logits = logits.to(dtype)
+    if INTERPRETED and classes > 4096:  # rows one by one take seconds
+        chosen = slice(part - 8, None, 3)
+        logits, first, second = logits[chosen], first[chosen], second[chosen]
+    mix = torch.linspace(0, 1, len(logits))
+    check_soft("triton", logits, (first, second, mix), diversity=diversity)
+    if classes < 2000:
+        options = dict(label_smoothing=0.1, z_loss=0.01, weight=torch.rand(classes) + 0.1)
+        finite = (logits > -torch.inf).all(1)  # label smoothing asks for a masked class: an infinite loss
+        check_soft("triton", logits[finite], (first[finite], second[finite], mix[finite]), diversity=diversity, **options)
 
 
 @pytest.mark.parametrize("classes", [10, 20000])

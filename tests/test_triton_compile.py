@@ -23,8 +23,8 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsoftloss import ops, triton_finish, triton_kernels, triton_mixture, triton_rows, triton_soft
-from fastsoftloss.triton_plan import chunks_at_a_time, mixture_plan, plan, soft_plan
+from fastsoftloss import ops, triton_finish, triton_kernels, triton_rows, triton_soft
+from fastsoftloss.triton_plan import chunks_at_a_time, plan, soft_plan
 
 EVERY = os.environ.get("FASTSOFTLOSS_TEST_EVERY") == "1"
 ARCHITECTURES = (80, 90, 100, 120, "gfx942")
@@ -46,7 +46,8 @@ class Case(NamedTuple):
 
 
 FUSED = ("weight_ptr", "sample_ptr", "parts_ptr", "upstream_ptr", "saved_ptr")
-MIXED = ("weight_ptr", "parts_ptr", "upstream_ptr")
+MIXED = ("weight_ptr", "parts_ptr", "upstream_ptr", "saved_ptr")
+MIXED_LONG = ("weight_ptr", "parts_ptr")
 FORWARD = ("weight_ptr", "sample_ptr", "parts_ptr", "upstream_ptr", "g_ptr", "shares_ptr", "counter_ptr", "divisor_ptr")
 PLAIN = ("weight_ptr", "sample_ptr", "parts_ptr")
 CASES = {
@@ -64,18 +65,35 @@ CASES = {
     "spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=PLAIN),
     "long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=PLAIN),
     "probabilities": Case(triton_soft.soft, 100, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
-    "flat mixture": Case(triton_mixture.mixture, 100, gradient=True, absent=MIXED, form="mixture"),
-    "strided mixture": Case(triton_mixture.mixture, 19, 4096, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
-    "wide strided mixture": Case(triton_mixture.mixture, 8000, 7, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
-    "long mixture": Case(triton_mixture.mixture, 50257, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
-    "mixture": Case(triton_mixture.mixture, 1000, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "flat mixture": Case(triton_kernels.resident, 10, gradient=True, absent=MIXED, form="mixture"),
+    "wide flat mixture": Case(triton_kernels.resident, 100, gradient=True, absent=MIXED, form="mixture"),
+    "strided mixture": Case(triton_kernels.resident, 19, 4096, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "wide strided mixture": Case(triton_kernels.resident, 4096, 7, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
+    "mixture, sectors": Case(triton_rows.resident_rows, 4096, gradient=True, absent=MIXED, form="mixture"),
+    "mixture, half sectors": Case(triton_rows.resident_rows, 1000, gradient=True, absent=MIXED, form="mixture"),
+    "mixture, edges": Case(triton_rows.resident_rows, 1003, gradient=True, absent=MIXED, form="mixture"),
+    "mixture, forward": Case(triton_rows.resident_rows, 1003, absent=FORWARD, form="mixture", stores=False),
+    "mixture, long_reduce": Case(triton_rows.long_reduce, 50257, absent=PLAIN, form="mixture", stores=False),
+    "mixture, long_finish": Case(triton_rows.long_finish, 50257, absent=MIXED_LONG, form="mixture", loads=False, stores=False),
+    "mixture, spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=MIXED_LONG, form="mixture"),
+    "mixture, long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=MIXED_LONG, form="mixture"),
     "long probabilities": Case(triton_soft.soft, 50257, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
     "total": Case(triton_finish.total, 1, absent=("parts_ptr",), loads=False, stores=False),
     "divisors": Case(triton_finish.divisors, 1, absent=PLAIN, loads=False, stores=False),
 }
-NEVER = tuple((name, "fp64") for name in ("flat", "wide flat", "flat mixture", "widest"))  # rows that the plan gives to other kernels
-NO_LOGITS = ("long_finish", "total", "divisors")
-POINTERS = {"target_ptr": "*i64", "counter_ptr": "*i32", "z_ptr": "*Z", "g_ptr": "*Z"}  # the others: the dtype of the arithmetic
+NEVER = tuple(  # rows that the plan gives to other kernels
+    (name, "fp64")
+    for name in ("flat", "wide flat", "widest", "flat mixture", "wide flat mixture", "wide strided mixture", "mixture, sectors")
+)
+NO_LOGITS = ("long_finish", "mixture, long_finish", "total", "divisors")
+SECOND = ("other_ptr", "other_sample_ptr")  # where a row has two labels
+POINTERS = {
+    "target_ptr": "*i64",
+    "other_ptr": "*i64",
+    "counter_ptr": "*i32",
+    "z_ptr": "*Z",
+    "g_ptr": "*Z",
+}  # the others: the dtype of the arithmetic
 DOUBLES = ("smoothing", "diversity_weight", "z_loss")
 
 
@@ -83,11 +101,10 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     """The kernel with every run-time stride that the host could pass."""
     case = CASES[name]
     k, s = case.classes, case.class_stride
-    p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept)
+    p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept, labels=2 if case.form == "mixture" else 1)
     if case.form == "probabilities":
         p = soft_plan(4096, k, BYTES[dtype], 132)
-    if case.form == "mixture":
-        p = mixture_plan(p, 4096, k, BYTES[dtype], 132)
+    absent = case.absent + (() if case.form == "mixture" else SECOND)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
         "KIND": diversity, "SMOOTH": False, "Z_LOSS": False, "REDUCTION": 1, "DIMS": 1, "SAME": True, "WIDE": False, "RESCALE": False,
@@ -95,9 +112,7 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
         "SPLITS": 1, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
     }  # fmt: skip
     if case.form != "probabilities":
-        constants |= {"P": p.run}
-    if case.form == "index":
-        constants |= {"ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector}
+        constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector}
     if name in NO_LOGITS:
         constants |= {"R": 512, "BLOCK": 1024}
     signature: dict[str, str] = {}
@@ -105,7 +120,7 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(case.kernel.params):
         argument = parameter.name
-        if parameter.is_constexpr or argument in case.absent or (argument in ("sc", "tc", "uc") and s == 1):
+        if parameter.is_constexpr or argument in absent or (argument in ("sc", "tc", "uc") and s == 1):
             signature[argument], values[argument] = "constexpr", constants.get(argument, 1 if argument in ("sc", "tc", "uc") else None)
         elif argument.endswith("_ptr"):
             signature[argument] = POINTERS.get(argument, f"*{arithmetic}").replace("Z", dtype)

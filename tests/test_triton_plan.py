@@ -9,17 +9,18 @@ import pytest
 pytest.importorskip("triton")
 
 from fastsoftloss.triton_backend import collapse
-from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, mixture_plan, plan, soft_plan
+from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, plan, soft_plan
 
 ROWS_AND_CLASSES = tuple(itertools.product((1, 7, 4096, 10**6), (0, 1, 2, 10, 17, 100, 256, 257, 1000, 1003, 4096, 16384, 50257, 2**20)))
 
 
+@pytest.mark.parametrize("labels", (1, 2))
 @pytest.mark.parametrize(("itemsize", "aligned", "class_stride"), list(itertools.product((2, 4, 8), (True, False), (1, 49))))
-def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_stride: int) -> None:
+def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_stride: int, labels: int) -> None:
     for (rows, classes), gradient in itertools.product(ROWS_AND_CLASSES, (False, True)):
-        p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, gradient)
+        p = plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, gradient, labels=labels)
         assert all(n & (n - 1) == 0 for n in (p.r, p.b, p.vector, p.warps))
-        assert p.resident == fits(classes, itemsize) and 1 <= p.warps <= 32
+        assert p.resident == fits(classes, itemsize, labels) and 1 <= p.warps <= 32
         assert p.registers is not None and 32 * p.warps * p.registers <= 65536, "ptxas does not look whether a multiprocessor has them"
         if not p.resident:
             assert_shared(p, rows, classes)
@@ -37,16 +38,14 @@ def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_str
             assert_shared(plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, True, True), rows, classes)
 
 
-@pytest.mark.parametrize(("itemsize", "class_stride"), list(itertools.product((2, 4, 8), (1, 49))))
-def test_tiles_of_targets_with_more_than_one_label(itemsize: int, class_stride: int) -> None:
+@pytest.mark.parametrize("itemsize", (2, 4, 8))
+def test_tiles_of_class_probabilities(itemsize: int) -> None:
     for rows, classes in ROWS_AND_CLASSES:
-        index = plan(rows, classes, class_stride, [classes * class_stride], itemsize, True, 132)
-        for p in (soft_plan(rows, classes, itemsize, 132), mixture_plan(index, rows, classes, itemsize, 132)):
-            assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.warps)) and p.programs >= 1
-            assert p.r * p.b == 32 * p.warps, "a thread has part of one row, which no other thread has too"
-            assert p.a * p.r * p.b <= 32 * p.warps * (32 if itemsize < 8 else 16), "elements a thread"
-            assert 32 * p.warps * p.registers <= 65536
-            assert p.run == 0 or (p.a * p.b >= classes and p.run >= p.r * classes)
+        p = soft_plan(rows, classes, itemsize, 132)
+        assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.warps)) and p.programs >= 1
+        assert p.r * p.b == 32 * p.warps, "a thread has part of one row, which no other thread has too"
+        assert p.a * p.r * p.b <= 32 * p.warps * (16 if itemsize < 8 else 4), "elements a thread"
+        assert 32 * p.warps * p.registers <= 65536
 
 
 def assert_shared(p: Plan, rows: int, classes: int) -> None:
