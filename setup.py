@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def extensions() -> list[Extension]:
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             optional=True,  # a failed build is a warning, and `python -m fastsoftloss` says why later
-        )
+        ),
+        autograd(),
     ]
     if wants_cuda():
         home = cuda_home()
@@ -102,6 +104,24 @@ def extensions() -> list[Extension]:
             )
         )
     return kernels
+
+
+def autograd() -> Extension:
+    """The eager call's node, for the torch and the Python that build it; fastsoftloss/backends.py looks for it by this name."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    name = "_autograd_" + re.sub(r"\W", "_", torch.__version__.partition("+")[0])
+    return Extension(
+        f"fastsoftloss.{name}",
+        sources=["csrc/autograd.cpp"],
+        include_dirs=include_paths(),
+        library_dirs=library_paths(),
+        libraries=["torch", "torch_cpu", "torch_python", "c10"],
+        extra_compile_args=[*FLAGS[1:], "-std=c++20"],  # as torch's own headers ask
+        define_macros=[("FSL_MODULE", name)],
+        optional=True,
+    )
 
 
 class BuildKernels(build_ext):

@@ -13,6 +13,15 @@ from torch import Tensor
 
 from fastsoftloss import Loss, backends
 
+# targets that are no class indices, which a contender draws for itself: what bench/targets.py times
+SOFT = {
+    "mixture": "(y_a, y_b, mix)",
+    "probabilities": "class probabilities",
+    "probabilities_kl": "the same, kl",
+    "probabilities_plain": "the same, no penalty",
+    "cross_entropy_probabilities": "F.cross_entropy of class probabilities",
+    "mixup": "F.cross_entropy twice, mixed",
+}
 LABELS = {
     "ours": "Loss(), penalty included",
     "triton": "the same, backend='triton'",
@@ -49,6 +58,21 @@ def _engine(loss: Tensor) -> None:
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def _soft(name: str, logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    other = torch.randint(logits.shape[1], logits.shape[:1] + logits.shape[2:], device=logits.device)
+    mix = torch.rand(other.shape, device=logits.device)
+    target = torch.randn_like(logits, dtype=torch.float32).softmax(1)
+    if name == "mixture":
+        ours = Loss()
+        return lambda z, y: ours(z, (y, other, mix))
+    if name == "mixup":
+        return lambda z, y: 0.3 * F.cross_entropy(z, y) + 0.7 * F.cross_entropy(z, other)
+    if name == "cross_entropy_probabilities":
+        return lambda z, y: F.cross_entropy(z, target)
+    soft = Loss(diversity={"probabilities": "logit_variance", "probabilities_kl": "kl", "probabilities_plain": None}[name])
+    return lambda z, y: soft(z, target)
 
 
 def _compiled(loss: Callable[[Tensor, Tensor], Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -92,6 +116,7 @@ def gather(logits: Tensor, names: list[str]) -> dict[str, Contender]:
         "floor": lambda: Contender(_Nothing.apply),
         "engine": lambda: Contender(_Nothing.apply, _engine),
     }
+    makers |= {name: lambda name=name: Contender(_soft(name, logits)) for name in SOFT if name in names}
     if logits.is_cuda and backends.default(logits.device) != "triton" and "triton" not in backends.missing():
         makers["triton"] = lambda: Contender(Loss(backend="triton"))
     if logits.is_cuda and logits.dim() == 2:

@@ -95,11 +95,13 @@ def speed(report: dict[str, Any]) -> list[str]:
     for case in several:
         if math.prod(case["shape"]) == case["shape"][1] and case["dtype"] == "float32" and "engine" in case["contenders"]:
             us = {name: _us(microbench.median(case, name)) for name in contenders.LABELS if name in case["contenders"]}
+            ours = [_us(microbench.median(case, "ours", phase)) for phase in ("evaluation", "forward", "backward")]
             parts.append(
-                f"What a call costs before there is anything to compute ({_size(case)}, threads: "
-                f"{case['threads']}): ours {us['ours']} µs, `F.cross_entropy` {us['cross_entropy']}; an autograd Function in Python that "
-                f"computes nothing {us['floor']}, of which the Python in `Tensor.backward` is {int(us['floor']) - int(us['engine'])}. "
-                "`F.cross_entropy` is differentiated in C++. Below some ten thousand logits this is what the table shows."
+                f"What a call costs before there is anything to compute ({_size(case)}, threads: {case['threads']}): ours {us['ours']} µs "
+                f"(forward {ours[1]}, or {ours[0]} where nothing is differentiated, backward {ours[2]}), `F.cross_entropy` "
+                f"{us['cross_entropy']}; an autograd Function in Python that computes nothing {us['floor']}, of which the Python in "
+                f"`Tensor.backward`, which each of them pays, is {int(us['floor']) - int(us['engine'])}. Below some ten thousand "
+                "logits this is what the table shows."
             )
     largest = max(several, key=lambda case: case["logits_bytes"])
     memory = {name: c["peak_bytes"] / largest["logits_bytes"] for name, c in largest["contenders"].items()}

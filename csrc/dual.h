@@ -1,6 +1,7 @@
 // Dual numbers: a value and its derivative along a direction v. What finish makes of them is a gradient and its derivative.
 //
-// A logit is {z_j, v_j}. Moments are sums over x_j = z_j - m about an m that stays where it is: m's tangent is 0 and x_j's is v_j.
+// A logit is {z_j, v_j}. The loops take moments about an m that stays where it is, with a tangent of 0, so that x_j's is v_j; alone()
+// gives one that moves with its class, and merge and margin take both.
 // A penalty is written once, in row_loss.h: nothing here knows of it. T is float or double, or a vector of them.
 #pragma once
 
@@ -110,8 +111,8 @@ FSL_FN RowGradient<T> by_own(const RowGradient<Dual<T>>& g, T factor) {
   return r;
 }
 
-// <dz, v>, from the same sums: a moment's tangent is what its part of the gradient meets. v: of the labels, and summed over the
-// classes that are masked. Only label smoothing gives those a gradient; swx has them already.
+// <dz, v>, from the same sums: a moment's tangent is what its part of the gradient meets. label, other: v there. masked: the sum of v
+// over the classes that are, which label smoothing alone gives a gradient; swx has them already.
 template <class T>
 FSL_FN T along(const RowGradient<Dual<T>>& g, const RowMoments<Dual<T>>& r, T label, T other, T masked, bool smoothing) {
   const T half(T(0.5)), v = r.n.value * r.mean.tangent;  // v: its sum

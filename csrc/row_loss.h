@@ -231,26 +231,42 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
   return finish(r, y, z_y, class_weight, select(bad, T(Limits<T>::quiet_NaN()), row_weight), scale, o);
 }
 
-// A mixture of two labels that are not the same class, from the moments of all other classes: what they lack of a
-// label's complement is the other label. Each part's gradient is linear in the same few things, so their sum is one.
+// One label of a mixture: its loss, with the gradient about the rest's m, and what the other label's class gets of it.
+template <class T>
+struct MixturePart {
+  RowLoss<T> of;
+  T other;
+};
+
+// From the moments of the classes that are neither label, the rest: what they lack of a label's complement is the other label.
+// An other label of -inf is not there.
+template <unsigned Needs, class T, class Real>
+FSL_FN MixturePart<T> finish_part(const RowMoments<T>& rest, T z_y, T z_other, T class_weight, T other_class_weight, T row_weight, T scale,
+                                  const Options<Real>& o) {
+  const RowMoments<T> complement = merge<Needs>(rest, alone(z_other, other_class_weight));
+  MixturePart<T> part = {finish(complement, z_y, class_weight, row_weight, scale, o), T(0)};
+  RowGradient<T>& g = part.of.gradient;
+  part.other = slope_at(g, z_other - complement.m, other_class_weight);
+  g = about(g, select(rest.n > T(0), rest.m - complement.m, T(0)));
+  return part;
+}
+
+// Each part's gradient is linear in the same few things, so their sum is one.
+template <class T>
+FSL_FN RowLoss<T> sum_of(const MixturePart<T>& first, const MixturePart<T>& second) {
+  const RowLoss<T>&a = first.of, &b = second.of;
+  RowLoss<T> out = {a.loss + b.loss, a.cross_entropy + b.cross_entropy, a.diversity + b.diversity, a.gradient};
+  add(out.gradient, T(1), b.gradient);
+  out.gradient.label = a.gradient.label + second.other, out.gradient.other = b.gradient.label + first.other;
+  return out;
+}
+
+// A mixture of two labels that are not the same class.
 template <unsigned Needs, class T>
 FSL_FN RowLoss<T> finish_mixture(const RowMoments<T>& rest, const T (&z)[2], const T (&class_weight)[2], const T (&row_weight)[2], T scale,
                                  const LossOptions& o) {
-  RowMoments<T> complement[2];
-  RowLoss<T> part[2];
-  for (int i = 0; i < 2; ++i) {
-    complement[i] = merge<Needs>(rest, alone(z[1 - i], class_weight[1 - i]));
-    part[i] = finish(complement[i], z[i], class_weight[i], row_weight[i], scale, o);
-  }
-  RowLoss<T> out = {part[0].loss + part[1].loss, part[0].cross_entropy + part[1].cross_entropy, part[0].diversity + part[1].diversity, {}};
-  T own[2];
-  for (int i = 0; i < 2; ++i) {
-    const T down = select(rest.n > T(0), rest.m - complement[i].m, T(0));
-    add(out.gradient, T(1), about(part[i].gradient, down));
-    own[i] = part[i].gradient.label + slope_at(part[1 - i].gradient, z[i] - complement[1 - i].m, class_weight[i]);
-  }
-  out.gradient.label = own[0], out.gradient.other = own[1];
-  return out;
+  return sum_of(finish_part<Needs>(rest, z[0], z[1], class_weight[0], class_weight[1], row_weight[0], scale, o),
+                finish_part<Needs>(rest, z[1], z[0], class_weight[1], class_weight[0], row_weight[1], scale, o));
 }
 
 }  // namespace fastsoftloss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,15 @@ _detail: dict[str, str] = {}
 _warned: set[tuple[str, str]] = set()  # (device, form)
 
 
+def _eager() -> Callable[..., Any] | None:
+    """csrc/autograd.cpp, where it was built for this very torch and this Python."""
+    version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])
+    try:
+        return importlib.import_module(f"fastsoftloss._autograd_{version}").cross_entropy  # type: ignore[no-any-return]
+    except ImportError:
+        return None
+
+
 def _load_cpu() -> None:
     operators = ops.define("cross_entropy", forms=ops.FORMS, double_backward=True)
     try:
@@ -32,8 +42,8 @@ def _load_cpu() -> None:
         remedy = "install g++, then `pip install --force-reinstall --no-deps .` in the source tree"
         _missing["cpu"] = f"the C++ kernel is not built ({error}); {remedy}"
     else:
-        _ready["cpu"] = operators
-        _detail["cpu"] = f", {kernels.instruction_set()}"
+        _ready["cpu"] = operators._replace(eager=_eager())
+        _detail["cpu"] = f", {kernels.instruction_set()}, autograd in {'Python' if _ready['cpu'].eager is None else 'C++'}"
 
 
 _cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs)
@@ -74,6 +84,7 @@ _load_cuda()
 _load_triton()
 
 # what is chosen where nobody asks for a backend, known beforehand
+quick = None if _override or "cpu" not in _ready else _ready["cpu"].eager
 _best = {} if _override else {device: _ready[names[0]] for device, names in _DEFAULTS.items() if names[0] in _ready}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -44,7 +44,13 @@ class LossComponents(NamedTuple):
 
 
 def _settle(
-    ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    diversity: str | None,
+    diversity_weight: float,
+    z_loss: float,
+    return_components: bool = False,
 ) -> ops.Options:
     for name, value in (("label_smoothing", label_smoothing), ("diversity_weight", diversity_weight), ("z_loss", z_loss)):
         if not isinstance(value, (int, float)):
@@ -61,6 +67,8 @@ def _settle(
         raise ValueError(f"diversity_weight must be finite, got {diversity_weight!r}")
     if not abs(z_loss) < math.inf:
         raise ValueError(f"z_loss must be finite, got {z_loss!r}")
+    if diversity_weight == 0 and not return_components:  # a penalty that nobody sees
+        diversity = None
     return ops.Options(
         ignore_index,
         _REDUCTION_INDEX[reduction],
@@ -74,16 +82,17 @@ def _settle(
 _settled = functools.lru_cache(_settle)
 
 
-def options_of(
-    ignore_index: int, reduction: str, label_smoothing: float, diversity: str | None, diversity_weight: float, z_loss: float
-) -> ops.Options:
-    """The operators' scalar arguments. Raises ValueError for an option that has no meaning, TypeError for one of another type."""
+def options_of(*arguments: Any) -> ops.Options:
+    """The operators' scalar arguments, from those of :func:`_settle`.
+
+    Raises ValueError for an option that has no meaning, TypeError for one of another type.
+    """
     if not torch.compiler.is_compiling():
         try:
-            return _settled(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
+            return _settled(*arguments)
         except TypeError:  # cannot be a key, so cannot be an option
             pass
-    return _settle(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
+    return _settle(*arguments)
 
 
 def _check_tensors(logits: Tensor, target: Target, weight: Tensor | None, sample_weight: Tensor | None) -> None:
@@ -270,7 +279,7 @@ def cross_entropy(
             ``torch.compile``; on a GPU the row's loss is NaN).
         RuntimeError: a backend that is not available here.
     """
-    options = options_of(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss)
+    options = options_of(ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss, return_components)
     return apply(logits, target, weight, sample_weight, options, return_components, backend)
 
 
@@ -284,8 +293,13 @@ def apply(
     backend: str | None,
 ) -> Tensor | LossComponents:
     """:func:`cross_entropy` with its options settled."""
-    if options.diversity_weight == 0 and not return_components:  # a penalty that nobody sees
-        options = options._replace(diversity=_DIVERSITY_INDEX[None])
+    if backend is None and (quick := backends.quick) is not None and not torch.compiler.is_compiling():
+        try:
+            result = quick(logits, target, weight, sample_weight, options, return_components)
+        except RuntimeError:  # what does not fit is told below, in full
+            result = None
+        if result is not None:
+            return LossComponents(result[0], *result[1]) if return_components else result
     index = isinstance(target, Tensor) and not target.is_floating_point()
     if index and target.dtype is torch.uint8:  # type: ignore[union-attr]  # PyTorch takes it too
         target = target.long()  # type: ignore[union-attr]

@@ -65,6 +65,8 @@ class Operators(NamedTuple):
     rescale: Callable[..., Tensor | None] | None
     forms: tuple[str, ...] = ("index",)  # that its kernels take; the others go to the reference
     double_backward: Any = None  # of class indices and mixtures, or None where plain PyTorch differentiates
+    # :func:`cross_entropy` of plain tensors in C++, with the operators written in; None for what it does not take
+    eager: Callable[..., Any] | None = None
 
     def twice(self, logits: Tensor, target: Tensor) -> bool:
         """Is there a kernel for the second derivative?"""
@@ -206,11 +208,10 @@ def define(
 
     def backward_gradient(ctx, grad):  # type: ignore[no-untyped-def]
         upstream, logits, target, *weights = ctx.saved_tensors
-        again = operators.double_backward if operators.twice(logits, target) else None
-        if again is None:
-            dupstream, dz = _plain_double_backward(grad, upstream, logits, target, *weights, ctx.options)
+        if operators.twice(logits, target):
+            dupstream, dz = operators.double_backward(grad, upstream, logits, target, *weights, *ctx.options)
         else:
-            dupstream, dz = again(grad, upstream, logits, target, *weights, *ctx.options)
+            dupstream, dz = _plain_double_backward(grad, upstream, logits, target, *weights, ctx.options)
         return dupstream, None, dz, *(None,) * 9
 
     torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
@@ -314,6 +315,10 @@ def cross_entropy(
     if torch.compiler.is_compiling():  # its own machinery differentiates the operator by its registered formula
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
         return loss, components if parts else None
+    if operators.eager is not None:
+        result = operators.eager(logits, target, weight, sample_weight, options, parts)
+        if result is not None:
+            return result if parts else (result, None)
     if logits.requires_grad and torch.is_grad_enabled():
         result = _apply(logits, target, weight, sample_weight, operators, options, parts)  # type: ignore[no-untyped-call]
         return result if parts else (result, None)

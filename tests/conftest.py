@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 from triton_mode import INTERPRETED, SIMULATED, simulator
 
-from fastsoftloss import functional, reference
+from fastsoftloss import backends, functional, reference
 
 # One line a backend, and the device that it is tested on.
 BACKENDS = {"cpu": "cpu", "reference": "cpu"}
@@ -45,6 +45,19 @@ settings.load_profile("fixed")
 
 @pytest.fixture(params=BACKENDS, scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# who differentiates an eager call on the CPU: csrc/autograd.cpp, or ops._CrossEntropy where that is not built
+NODES = ["C++", "Python"] if "cpu" in BACKENDS and backends._ready["cpu"].eager else ["Python"]
+
+
+@pytest.fixture(params=NODES)
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "Python" and "cpu" in BACKENDS:
+        monkeypatch.setattr(backends, "quick", None)
+        monkeypatch.setitem(backends._ready, "cpu", backends._ready["cpu"]._replace(eager=None))
+        monkeypatch.setattr(backends, "_best", {})
     return str(request.param)
 
 

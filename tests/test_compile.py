@@ -127,10 +127,15 @@ def test_export_with_a_dynamic_batch(backend, form):
     assert len(kernels) == 1, "the graph holds the operator, not what it is made of"
 
 
+class EveryForm(Model):
+    def forward(self, logits: Tensor, *targets: Any) -> list[Tensor]:  # type: ignore[override]
+        return [self.loss(logits, target) for target in targets]
+
+
 def test_ahead_of_time(tmp_path):
-    """AOTInductor: a shared library that runs without Dynamo."""
-    model = Model("cpu")
-    example = torch.randn(5, CLASSES), torch.randint(CLASSES, (5,))
+    """AOTInductor: a shared library that runs without Dynamo, one for all forms of a target since each takes half a minute."""
+    model = EveryForm("cpu")
+    example = torch.randn(5, CLASSES), *(target_of(form, 5, CLASSES) for form in FORMS)
     package = torch._inductor.aoti_compile_and_package(torch.export.export(model, example), package_path=str(tmp_path / "loss.pt2"))
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(*example), model(*example))
 

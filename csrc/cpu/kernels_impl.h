@@ -168,6 +168,11 @@ FSL_FN RowGradient<Vec<T>> broadcast(const RowGradient<T>& g) {
   using V = Vec<T>;
   return {V(g.a), V(g.b), V(g.t), V(g.e0), V(g.e1), V(g.ew), V(g.masked), V(g.label), V(g.other)};
 }
+template <class T>
+FSL_FN RowMoments<Vec<T>> broadcast(const RowMoments<T>& r) {
+  using V = Vec<T>;
+  return {V(r.n), V(r.m), V(r.s1), V(r.s2), V(r.sx), V(r.mean), V(r.m2), V(r.sw), V(r.swx)};
+}
 
 // spread: blocks [from, to) of a row. exps: the e that reduce kept, relative to `exps_m`, or null.
 template <class T, unsigned Needs>
@@ -212,9 +217,32 @@ FSL_LOOP RowLoss<U> finish_label(const RowMoments<U>& r, const U& z_y, const U& 
   return finish(r, z_y, class_weight, row_weight, scale, o);
 }
 template <class U>
-FSL_LOOP RowLoss<U> finish_labels(const RowMoments<U>& rest, const U (&z)[2], const U (&class_weight)[2], const U (&row_weight)[2],
-                                  const U& scale, const LossOptions& o) {
-  return finish_mixture<kAllMoments>(rest, z, class_weight, row_weight, scale, o);
+FSL_LOOP MixturePart<U> finish_one_of_two(const RowMoments<U>& rest, const U& z_y, const U& z_other, const U& class_weight,
+                                          const U& other_class_weight, const U& row_weight, const U& scale, const LossOptions& o) {
+  return finish_part<kAllMoments>(rest, z_y, z_other, class_weight, other_class_weight, row_weight, scale, o);
+}
+
+// Both labels of a row in one go, a lane each.
+template <class T>
+FSL_FN RowLoss<T> finish_both(const RowMoments<T>& rest, const T (&z)[2], const T (&class_weight)[2], const T (&row_weight)[2], T scale,
+                              const LossOptions& o) {
+  using V = Vec<T>;
+  const auto lanes = [](T first, T second) {
+    T all[V::kLanes];
+    for (int lane = 0; lane < V::kLanes; ++lane) all[lane] = lane % 2 ? second : first;
+    return V::load(all);
+  };
+  const MixturePart<V> both =
+      finish_one_of_two(broadcast(rest), lanes(z[0], z[1]), lanes(z[1], z[0]), lanes(class_weight[0], class_weight[1]),
+                        lanes(class_weight[1], class_weight[0]), lanes(row_weight[0], row_weight[1]), V(scale), o);
+  MixturePart<T> part[2];
+  const V* from = &both.of.loss;
+  for (size_t i = 0; i < sizeof(both) / sizeof(V); ++i) {
+    T member[V::kLanes];
+    from[i].store(member);
+    for (int lane = 0; lane < 2; ++lane) (&part[lane].of.loss)[i] = member[lane];
+  }
+  return sum_of(part[0], part[1]);
 }
 
 // What stands at the row's labels; 0 where there is no second one.
@@ -229,8 +257,8 @@ FSL_FN RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMomen
   T z[2];
   load_labels(job, row, row.logits, job.logits_step, z);
   if (row.other < 0) return finish_label(moments, z[0], row.class_weight, row.row_weight, row.scale, job.options);
-  const T class_weight[2] = {row.class_weight, row.other_class_weight}, row_weight[2] = {row.row_weight, row.other_row_weight};
-  return finish_labels(moments, z, class_weight, row_weight, row.scale, job.options);
+  return finish_both(moments, z, {row.class_weight, row.other_class_weight}, {row.row_weight, row.other_row_weight}, row.scale,
+                     job.options);
 }
 
 template <class T>
@@ -435,19 +463,20 @@ FSL_LOOP void put_in(const int64_t (&label)[kLanes], int64_t k, int count, Vec<T
 
 // finish for lanes of which some have a second label.
 template <class T>
-FSL_LOOP RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const Vec<T> (&z)[2],
-                                         const RowLoss<Vec<T>>& single) {
+FSL_LOOP RowLoss<Vec<T>> finish_mixtures(const Tile<T>& tile, const RowMoments<Vec<T>>& rest, const Vec<T> (&z)[2]) {
   using V = Vec<T>;
-  const V class_weight[2] = {V::load(tile.class_weight), V::load(tile.other_class_weight)};
-  const V row_weight[2] = {V::load(tile.row_weight), V::load(tile.other_row_weight)};
-  RowLoss<V> both = finish_labels(rest, z, class_weight, row_weight, V::load(tile.scale), tile.job.options);
-  T has_other[V::kLanes];
-  for (int lane = 0; lane < V::kLanes; ++lane) has_other[lane] = T(tile.other[lane] >= 0);
-  const auto mixed = V::load(has_other) > V(0);
-  V* const to = &both.loss;
-  const V* const from = &single.loss;
-  for (size_t i = 0; i < sizeof(both) / sizeof(V); ++i) to[i] = select(mixed, to[i], from[i]);
-  return both;
+  const V class_weight[2] = {V::load(tile.class_weight), V::load(tile.other_class_weight)}, scale = V::load(tile.scale);
+  T two[V::kLanes];
+  for (int lane = 0; lane < V::kLanes; ++lane) two[lane] = T(tile.other[lane] >= 0);
+  const auto mixed = V::load(two) > V(0);
+  const V other = select(mixed, z[1], V(-Limits<T>::infinity()));
+  const auto first =
+      finish_one_of_two(rest, z[0], other, class_weight[0], class_weight[1], V::load(tile.row_weight), scale, tile.job.options);
+  auto second =
+      finish_one_of_two(rest, z[1], z[0], class_weight[1], class_weight[0], V::load(tile.other_row_weight), scale, tile.job.options);
+  V* const members = &second.of.loss;
+  for (size_t i = 0; i < sizeof(second) / sizeof(V); ++i) members[i] = select(mixed, members[i], V(0));
+  return sum_of(first, second);
 }
 
 // reduce: a row a lane, the labels taken out.
@@ -504,8 +533,9 @@ void one_tile(Walk<T>& walk, int64_t begin, int64_t end, LossSums<T>* sums) {
   for (int64_t k = kTileClasses; k < job.classes; k += kTileClasses) whole = merge<Needs>(whole, look(k));
 
   const V z_y[2] = {V::load(z_of[0]), V::load(z_of[1])};
-  RowLoss<V> loss = finish_label(whole, z_y[0], V::load(tile.class_weight), V::load(tile.row_weight), V::load(tile.scale), job.options);
-  if (mixture) loss = finish_mixtures(tile, whole, z_y, loss);
+  const RowLoss<V> loss =
+      mixture ? finish_mixtures(tile, whole, z_y)
+              : finish_label(whole, z_y[0], V::load(tile.class_weight), V::load(tile.row_weight), V::load(tile.scale), job.options);
   tile.record(begin, loss.loss, loss.cross_entropy, loss.diversity, sums);
   if (!job.gradient) return;
 
