@@ -134,7 +134,7 @@ fastsoftloss::Form form_of(const Inputs& in) {
 }
 
 // What functional.py explains, this refuses: nothing below may read where it should not.
-void check(const Inputs& in, const Tensor* upstream) {
+void check(const Inputs& in, const Tensor* upstream, const Tensor* direction = nullptr) {
   using fastsoftloss::Form;
   STD_TORCH_CHECK(in.logits.dim() > 0 && in.logits.dim() <= kMaxDims, "logits must have from 1 to ", kMaxDims, " dimensions");
   STD_TORCH_CHECK(in.logits.is_cpu() && in.target.is_cpu(), "logits and target must be on the CPU");
@@ -169,14 +169,21 @@ void check(const Inputs& in, const Tensor* upstream) {
     STD_TORCH_CHECK(
         in.reduction == kNone ? weighs(*upstream, false) : upstream->dim() == 0 && upstream->scalar_type() == type && upstream->is_cpu(),
         "the upstream gradient must have the shape and the dtype of the loss");
+  if (direction) {
+    bool fits = direction->dim() == in.logits.dim() && direction->scalar_type() == in.logits.scalar_type() && direction->is_cpu();
+    for (int64_t d = 0; fits && d < in.logits.dim(); ++d) fits = direction->size(d) == in.logits.size(d);
+    STD_TORCH_CHECK(fits, "the gradient of dlogits must have the shape, the dtype and the device of logits");
+    STD_TORCH_CHECK(form != Form::probabilities, "class probabilities have no fused second derivative");
+  }
   STD_TORCH_CHECK(in.reduction >= kNone && in.reduction <= kSum, "reduction must be 0, 1 or 2");
   STD_TORCH_CHECK(in.diversity >= 0 && in.diversity <= int64_t(fastsoftloss::Diversity::variance), "diversity must be from 0 to 5");
 }
 
 // The job that the arguments, found good by check(), describe, with its targets found good, and what the sums are divided by.
-// gradient: where to write it, or null.
+// gradient: where to write it, or null. direction: what else is walked over like the logits, or null.
 template <class T>
-fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Tensor* upstream, double* divisor) {
+fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Tensor* upstream, double* divisor,
+                              const Tensor* direction = nullptr) {
   fastsoftloss::Job<T> job;
   const RowSizes rows(in.logits);
   const int64_t class_dim = rows.class_dim;
@@ -199,7 +206,7 @@ fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Te
   job.ignore_index = in.ignore_index;
 
   using fastsoftloss::Offsets;
-  Operand operands[5];
+  Operand operands[6];
   int count = 0;
   operands[count++] = {in.logits.strides().data(), class_dim, bytes, &Offsets::logits};
   operands[count++] = {in.target.strides().data() + two, target_class_dim, target_bytes, &Offsets::target};
@@ -218,6 +225,7 @@ fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Te
     job.upstream = static_cast<const char*>(upstream->const_data_ptr());
     operands[count++] = {upstream->strides().data(), -1, sizeof(T), &Offsets::upstream};
   }
+  if (direction) operands[count++] = {direction->strides().data(), class_dim, bytes, &Offsets::direction};
   set_rows(job, rows, operands, count);
 
   auto& o = job.options;
@@ -244,14 +252,20 @@ fastsoftloss::Job<T> make_job(const Inputs& in, const Tensor* gradient, const Te
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// The loss's sizes into `shape`; how many there are.
+int64_t loss_shape(const Inputs& in, int64_t* shape) {
+  int64_t dims = 0;
+  if (in.reduction == kNone)
+    for (const RowSizes rows(in.logits); dims < rows.dims; ++dims) shape[dims] = rows[dims];
+  return dims;
+}
+
 template <class T>
 Outputs forward(const Inputs& in, bool parts, bool gradient) {
   check(in, nullptr);
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  int64_t shape[kMaxDims] = {2}, dims = 0;  // of the parts; without the 2, of the loss
-  if (in.reduction == kNone)
-    for (const RowSizes rows(in.logits); dims < rows.dims; ++dims) shape[dims + 1] = rows[dims];
-  const int64_t nothing = 0;
+  int64_t shape[kMaxDims] = {2};  // of the parts; without the 2, of the loss
+  const int64_t dims = loss_shape(in, shape + 1), nothing = 0;
   Tensor loss = empty(shape + 1, dims, type);
   Tensor components = parts ? empty(shape, dims + 1, type) : empty(&nothing, 1, type);
   Tensor dlogits = gradient ? empty_gradient(in.logits) : empty(&nothing, 1, in.logits.scalar_type());
@@ -296,9 +310,41 @@ Tensor cross_entropy_backward(const Tensor& upstream, const Tensor& /*moments*/,
   return logits.scalar_type() == ScalarType::Double ? backward<double>(in, upstream) : backward<float>(in, upstream);
 }
 
+template <class T>
+std::tuple<Tensor, Tensor> double_backward(const Inputs& in, const Tensor& grad, const Tensor& upstream) {
+  check(in, &upstream, &grad);
+  int64_t shape[kMaxDims];
+  const int64_t dims = loss_shape(in, shape);
+  Tensor dupstream = empty(shape, dims, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
+  Tensor dlogits = empty_gradient(in.logits);
+  double divisor;
+  fastsoftloss::HessianJob<T> h;
+  h.job = make_job<T>(in, &dlogits, upstream.dim() > 0 ? &upstream : nullptr, &divisor, &grad);
+  h.job.upstream = nullptr;
+  h.upstream = static_cast<const char*>(upstream.const_data_ptr());
+  h.direction = static_cast<const char*>(grad.const_data_ptr());
+  h.direction_step = grad.stride(RowSizes(in.logits).class_dim) * int64_t(grad.element_size());
+  T* const slopes = static_cast<T*>(dupstream.mutable_data_ptr());
+  if (in.reduction == kNone) h.job.row_losses[0] = slopes;
+  const auto sums = fastsoftloss::run(h, parallel_for);
+  if (in.reduction != kNone) *slopes = T(sums.of[0]);
+  return {dupstream, dlogits};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_double_backward(const Tensor& grad, const Tensor& upstream, const Tensor& logits,
+                                                         const Tensor& target, const OptionalTensor& weight,
+                                                         const OptionalTensor& sample_weight, int64_t ignore_index, int64_t reduction,
+                                                         double label_smoothing, int64_t diversity, double diversity_weight,
+                                                         double z_loss) {
+  const Inputs in{logits, target, weight, sample_weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss};
+  return logits.scalar_type() == ScalarType::Double ? double_backward<double>(in, grad, upstream)
+                                                    : double_backward<float>(in, grad, upstream);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastsoftloss, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy_double_backward", TORCH_BOX(&cross_entropy_double_backward));
 }
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastsoftloss::instruction_set()); }

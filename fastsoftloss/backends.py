@@ -35,7 +35,7 @@ def _eager() -> Callable[..., Any] | None:
 
 
 def _load_cpu() -> None:
-    operators = ops.define("cross_entropy", forms=ops.FORMS)
+    operators = ops.define("cross_entropy", forms=ops.FORMS, double_backward=True)
     try:
         kernels = importlib.import_module("fastsoftloss._C")
     except ImportError as error:

@@ -1,6 +1,7 @@
 """The registered operators: one forward, one backward, each with a schema, a fake and an autograd formula.
 
-A backend is a pair of operators with the same schema, so that compile, export and autograd know them all alike.
+A backend is a pair of operators with the same schema, so that compile, export and autograd know them all alike; it may
+have a third, the backward's own.
 Eager calls go through :class:`_CrossEntropy`, a plain autograd Function over the same operators, since
 ``torch.library``'s generated one costs more time than the kernel at small batches.
 """
@@ -31,6 +32,8 @@ _ARGUMENTS = (
 # or (0,)
 _FORWARD = f"({_ARGUMENTS}, bool parts, bool gradient) -> (Tensor loss, Tensor parts, Tensor dlogits, Tensor moments)"
 _BACKWARD = f"(Tensor upstream, Tensor moments, {_ARGUMENTS}) -> Tensor dlogits"
+# grad: of the backward's dlogits, v. dupstream: <dL/dz, v>; dlogits: H v, times upstream
+_DOUBLE_BACKWARD = f"(Tensor grad, Tensor upstream, {_ARGUMENTS}) -> (Tensor dupstream, Tensor dlogits)"
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -61,8 +64,13 @@ class Operators(NamedTuple):
     backward: Any
     rescale: Callable[..., Tensor | None] | None
     forms: tuple[str, ...] = ("index",)  # that its kernels take; the others go to the reference
+    double_backward: Any = None  # of class indices and mixtures, or None where plain PyTorch differentiates
     # :func:`cross_entropy` of plain tensors in C++, with the operators written in; None for what it does not take
     eager: Callable[..., Any] | None = None
+
+    def twice(self, logits: Tensor, target: Tensor) -> bool:
+        """Is there a kernel for the second derivative?"""
+        return self.double_backward is not None and form_of(logits, target) != "probabilities"
 
 
 def rows_of(logits: Tensor) -> torch.Size:
@@ -109,6 +117,14 @@ def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> 
     return dlogits
 
 
+def _plain_double_backward(grad: Tensor, upstream: Tensor, logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """The same once more; itself differentiable where gradients are on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        g, z = _leaf(upstream), _leaf(logits)
+        return torch.autograd.grad(_differentiable_gradient(g, z, *inputs), (g, z), grad, create_graph=again)
+
+
 def _is_plain(upstream: Tensor) -> bool:
     """Not a batch of gradients, nor a fake: with those only the backward knows what to do."""
     return type(upstream) is Tensor and not _is_wrapped(upstream) and not _is_batched(upstream)
@@ -141,10 +157,12 @@ def define(
     rescale: Callable[..., Tensor | None] | None = None,
     outputs: Callable[[Tensor, Tensor, int, bool], tuple[int, bool]] = _no_moments,
     forms: tuple[str, ...] = ("index",),
+    double_backward: bool = False,
 ) -> Operators:
     """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; their kernels are registered beside them.
 
     ``outputs(logits, target, reduction, gradient)`` gives the size of ``moments``, and whether the forward writes the gradient.
+    ``double_backward``: there is a ``fastsoftloss::{name}_double_backward`` too.
     """
     _library.define(f"{name}{_FORWARD}")  # type: ignore[no-untyped-call]
     _library.define(f"{name}_backward{_BACKWARD}")  # type: ignore[no-untyped-call]
@@ -189,17 +207,41 @@ def define(
         ctx.options = Options(*inputs[6:])
 
     def backward_gradient(ctx, grad):  # type: ignore[no-untyped-def]
-        upstream, logits, *inputs = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            g, z = _leaf(upstream), _leaf(logits)
-            dlogits = _differentiable_gradient(g, z, *inputs, ctx.options)
-            dupstream, dz = torch.autograd.grad(dlogits, (g, z), grad, create_graph=again)
+        upstream, logits, target, *weights = ctx.saved_tensors
+        if operators.twice(logits, target):
+            dupstream, dz = operators.double_backward(grad, upstream, logits, target, *weights, *ctx.options)
+        else:
+            dupstream, dz = _plain_double_backward(grad, upstream, logits, target, *weights, ctx.options)
         return dupstream, None, dz, *(None,) * 9
 
     torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
     torch.library.register_autograd(f"fastsoftloss::{name}_backward", backward_gradient, setup_context=save_backward, lib=_library)
-    return Operators(forward, backward, rescale, forms)
+    operators = Operators(forward, backward, rescale, forms, _define_double_backward(name) if double_backward else None)
+    return operators
+
+
+def _define_double_backward(name: str) -> Any:
+    _library.define(f"{name}_double_backward{_DOUBLE_BACKWARD}")  # type: ignore[no-untyped-call]
+
+    def fake(grad, upstream, logits, target, weight, sample_weight, *_):  # type: ignore[no-untyped-def]
+        _check_devices(grad, upstream, logits, target, weight, sample_weight)
+        return upstream.new_empty(upstream.shape), torch.empty_like(logits)
+
+    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options = Options(*inputs[6:])
+
+    def third(ctx, *grads):  # type: ignore[no-untyped-def]
+        v, upstream, logits, *inputs = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = _leaf(v), _leaf(upstream), _leaf(logits)
+            second = _plain_double_backward(*leaves, *inputs, ctx.options)
+            return *torch.autograd.grad(second, leaves, grads, create_graph=again), *(None,) * 9
+
+    torch.library.register_fake(f"fastsoftloss::{name}_double_backward", fake, lib=_library)
+    torch.library.register_autograd(f"fastsoftloss::{name}_double_backward", third, setup_context=save, lib=_library)
+    return getattr(torch.ops.fastsoftloss, f"{name}_double_backward").default
 
 
 def define_rescale(name: str) -> None:
@@ -236,10 +278,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
         if upstream is None:
             return (None,) * 7
-        if torch.is_grad_enabled():
-            *inputs, _moments = ctx.saved_tensors
-            return _differentiable_gradient(upstream, *inputs, ctx.options), *(None,) * 6
         operators = ctx.operators
+        if torch.is_grad_enabled():
+            *inputs, moments = ctx.saved_tensors
+            if operators.twice(*inputs[:2]):  # through autograd, which records it
+                return operators.backward(upstream, moments, *inputs, *ctx.options), *(None,) * 6
+            return _differentiable_gradient(upstream, *inputs, ctx.options), *(None,) * 6
         dlogits = ctx.__dict__.pop("dlogits", None)  # handed over once: autograd may write into it from now on
         if dlogits is not None and operators.rescale is None:
             dlogits = _rescale_on_host(dlogits, upstream)

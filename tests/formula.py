@@ -6,7 +6,8 @@ implementation that computes every term well. The tests take their tolerances fr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Result(NamedTuple):
     cross_entropy_terms: Array
     diversity_terms: Array
     gradient_terms: Array
+    curvature_terms: Array
 
 
 def _complement(z: Array, y: int, kind: str | None) -> tuple[float, float, list[float], list[Array]]:
@@ -91,6 +93,52 @@ def _row(
     return cross_entropy, [w_y * t for t in value], of_lse, gradient
 
 
+def _change(*factors: tuple[Any, Any]) -> Any:
+    """The size of what a product changes by, each factor a size and the size of its own change."""
+    return sum(change * math.prod(size for j, (size, _) in enumerate(factors) if j != i) for i, (_, change) in enumerate(factors))
+
+
+def _row_along(
+    v: Array, z: Array, y: int, w_y: float, w: Array | None, smoothing: float, kind: str | None, diversity_weight: float, z_loss: float
+) -> Array:
+    """The summed absolute values of the terms of H v: each factor of a term of `_row`'s gradient differentiated in turn."""
+    label = np.arange(len(z)) == y
+    inside = (z > -np.inf) & ~label
+    n, a, a_y = inside.sum(), np.where(inside, abs(v), 0.0), abs(v[y])
+    c, s, _, _ = _complement(z, y, None)
+    p, top = np.exp(-np.logaddexp(0, c - z[y])), z[inside].max(initial=-np.inf)
+    x = np.where(inside, z - top, -np.inf)
+    q = np.exp(x) / np.exp(x).sum() if n else np.zeros(len(z))
+    mean_v = (q * a).sum()
+    of_margin = s * p * (mean_v + a_y)
+    of_s, of_p, of_q = (s, of_margin), (p, of_margin), (q, q * (a + mean_v))
+    of_all = (np.where(label, p, s * q), np.where(label, of_margin, _change(of_s, of_q)))
+    keep = w_y * (1 - smoothing) + smoothing / len(z) * (len(z) if w is None else w.sum())
+    total = keep * of_all[1]
+    if z_loss:
+        lse = max(z[y], top) + np.log1p(np.exp(-abs(c - z[y]))) if n else z[y]
+        magnitude = abs(z[np.isfinite(z)]).max() + np.log(len(z)) + 1  # as in _row
+        total = total + 2 * z_loss * w_y * _change((abs(lse) + 2 * magnitude, s * mean_v + p * a_y), of_all)
+    if kind is None or n < 2:
+        return total
+    of_x = (np.where(inside, abs(x), 0.0), a)
+    of_q2 = ((q * q).sum(), 2 * (q * of_q[1]).sum())
+    of_mean_x = ((q * of_x[0]).sum(), _change(of_q, of_x).sum())
+    if kind == "logit_variance":
+        d = np.where(inside, 2 / n * (a + a.mean() * len(z) / n), 0.0)
+    elif kind == "kl":
+        d = _change(of_q, of_x) + of_q[1] + _change(of_q, of_mean_x)
+    elif kind == "reverse_kl":
+        d = of_q[1]
+    elif kind == "chi2":
+        d = 2 * n * (_change(of_q, of_q) + _change(of_q, of_q2))
+    else:
+        both = 2 / n * (_change(of_s, of_s, of_p, of_q2, of_q) + _change(of_s, of_s, of_p, of_q) / n)
+        own = 2 / n * (_change(of_s, of_s, of_p, of_q2) + _change(of_s, of_s, of_p) / n)
+        d = np.where(label, own, both + 2 / n * (_change(of_s, of_s, of_q2, of_q) + _change(of_s, of_s, of_q, of_q)))
+    return total + diversity_weight * w_y * d
+
+
 def cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -104,8 +152,12 @@ def cross_entropy(
     z_loss: float = 0.0,
     sample_weight: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
+    direction: torch.Tensor | None = None,
 ) -> Result:
-    """Shapes and arguments of ``fastsoftloss.functional.cross_entropy``; the gradient is for ``upstream``, 1 by default."""
+    """Shapes and arguments of ``fastsoftloss.functional.cross_entropy``; the gradient is for ``upstream``, 1 by default.
+
+    ``curvature_terms`` are those of the Hessian times ``direction``.
+    """
     class_last = logits.detach().double().movedim(min(1, logits.dim() - 1), -1)
     rows = class_last.reshape(-1, class_last.shape[-1]).numpy()
     y = target.detach().long().reshape(-1).numpy()
@@ -118,7 +170,8 @@ def cross_entropy(
     up = np.broadcast_to(up.reshape(-1), (len(y),))
 
     values, sizes = np.zeros((3, len(y))), np.zeros((3, len(y)))
-    gradient, gradient_size = np.zeros(rows.shape), np.zeros(rows.shape)
+    gradient, gradient_size, curvature = np.zeros(rows.shape), np.zeros(rows.shape), np.zeros(rows.shape)
+    along = None if direction is None else direction.detach().double().movedim(min(1, logits.dim() - 1), -1).reshape(rows.shape).numpy()
     with np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore"):
         for i in np.flatnonzero(counted):
             ce, d, of_lse, slope = _row(rows[i], y[i], w_y[i], w, label_smoothing, diversity, diversity_weight, z_loss)
@@ -127,6 +180,9 @@ def cross_entropy(
             sizes[:, i] = [abs(r[i]) * sum(map(abs, part)) for part in parts]
             gradient[i] = r[i] * up[i] / divisor * sum(slope)
             gradient_size[i] = abs(r[i] * up[i] / divisor) * sum(map(abs, slope))
+            if along is not None:
+                terms = _row_along(along[i], rows[i], y[i], w_y[i], w, label_smoothing, diversity, diversity_weight, z_loss)
+                curvature[i] = abs(r[i] * up[i] / divisor) * terms
         shape = target.shape
         if reduction != "none":
             values, sizes, shape = values.sum(1) / divisor, sizes.sum(1) / abs(divisor), ()
@@ -135,4 +191,4 @@ def cross_entropy(
         return np.moveaxis(a.reshape(class_last.shape), -1, min(1, logits.dim() - 1))
 
     v, t = (tuple(part.reshape(shape) for part in a) for a in (values, sizes))
-    return Result(*v, like_logits(gradient), *t, like_logits(gradient_size))
+    return Result(*v, like_logits(gradient), *t, like_logits(gradient_size), like_logits(curvature))

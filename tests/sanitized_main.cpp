@@ -133,6 +133,93 @@ void check(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t cla
   }
 }
 
+// The gradient of a row's loss, in double, term by term.
+static std::vector<double> gradient_of(const std::vector<double>& z, int64_t y, const LossOptions& o) {
+  RowMoments<double> whole;
+  for (int64_t j = 0; j < int64_t(z.size()); ++j)
+    if (j != y) whole = merge<kAllMoments>(whole, alone(z[j], 1.0));
+  const RowGradient<double> g = finish(whole, z[y], 1.0, 1.0, 1.0, o).gradient;
+  std::vector<double> dz;
+  for (int64_t j = 0; j < int64_t(z.size()); ++j) dz.push_back(j == y ? g.label : slope_at(g, z[j] - whole.m, 1.0));
+  return dz;
+}
+
+// H v and <dL/dz, v> against central differences; each array in a block of its own.
+template <class T>
+void check_hessian(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t classes, Storage storage, bool by_columns,
+                   bool direction_by_columns, Diversity diversity, bool smoothing) {
+  const int64_t bytes = bytes_of(storage);
+  const auto layout = [&](bool columns) { return columns ? Layout{rows, 1} : Layout{1, classes}; };
+  const Layout at = layout(by_columns), along = layout(direction_by_columns);
+  auto logits = block<char>(rows * classes * bytes), out = block<char>(rows * classes * bytes), v = block<char>(rows * classes * bytes);
+  auto target = block<int64_t>(rows);
+  auto upstream = block<T>(rows), slopes = block<T>(rows);
+  std::normal_distribution<double> normal(0, 2);
+  for (int64_t i = 0; i < rows * classes; ++i) {
+    store(&logits[i * bytes], storage, normal(generator));
+    store(&v[i * bytes], storage, normal(generator));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    target[r] = r == 0 ? classes - 1 : r % 5 == 4 ? -100 : int64_t(generator() % classes);
+    upstream[r] = T(0.25 + r % 2);
+  }
+  HessianJob<T> h;
+  Job<T>& job = h.job;
+  job.rows = rows, job.classes = classes, job.row_dims = 1, job.row_size[0] = rows, job.storage = storage;
+  job.logits = logits.get(), job.row_step[0].logits = at.row * bytes, job.logits_step = at.step * bytes;
+  job.gradient = out.get(), job.row_step[0].gradient = job.row_step[0].logits, job.gradient_step = job.logits_step;
+  job.target = reinterpret_cast<const char*>(target.get()), job.row_step[0].target = 8;
+  job.row_losses[0] = slopes.get();
+  h.direction = v.get(), job.row_step[0].direction = along.row * bytes, h.direction_step = along.step * bytes;
+  h.upstream = reinterpret_cast<const char*>(upstream.get()), job.row_step[0].upstream = sizeof(T);
+  LossOptions& o = job.options;
+  o.diversity = diversity, o.diversity_weight = 0.5, o.z_loss = 0.01, o.label_smoothing = smoothing ? 0.125 : 0;
+  o.classes = o.class_weight_sum = double(classes);
+  LossSums<T> sums;
+  if (kernels)
+    kernels->hessian(h, 0, rows, &sums);
+  else
+    sums = run(h, serial);
+
+  const double step = 1e-4;  // leaves an error of step^2 times a fourth derivative, and of 2^-53 / step
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = target[r];
+    std::vector<double> z, below, above, direction;
+    for (int64_t j = 0; j < classes; ++j) {
+      z.push_back(load(&logits[(r * at.row + j * at.step) * bytes], storage));
+      direction.push_back(load(&v[(r * along.row + j * along.step) * bytes], storage));
+      below.push_back(z[j] - step * direction[j]), above.push_back(z[j] + step * direction[j]);
+    }
+    std::vector<double> dz(classes), less(classes), more(classes);
+    if (y >= 0) dz = gradient_of(z, y, o), less = gradient_of(below, y, o), more = gradient_of(above, y, o);
+    double slope = 0, largest = 0;
+    for (int64_t j = 0; j < classes; ++j) slope += dz[j] * direction[j], largest = std::fmax(largest, std::fabs(direction[j]));
+    const double bound = (sizeof(T) == 8 ? 1e-6 : 3e-5) * (1 + largest) * (1 + largest);
+    const double half = storage == Storage::bfloat16 ? 0x1p-8 : storage == Storage::float16 ? 0x1p-11 : 0;
+    expect(slopes[r], slope, bound * std::sqrt(double(classes)), "<dL/dz, v>", isa, classes);
+    for (int64_t j = 0; j < classes; ++j) {
+      const double hv = double(upstream[r]) * (more[j] - less[j]) / (2 * step);
+      expect(load(&out[(r * at.row + j * at.step) * bytes], storage), hv, bound + half * std::fabs(hv), "H v", isa, classes);
+    }
+  }
+}
+
+template <class T>
+void check_hessians(const Kernels<T>& (*kernels_for)(unsigned), const char* isa, Storage storage) {
+  for (int d = 0; d <= int(Diversity::variance); ++d)
+    for (bool smoothing : {false, true}) {
+      LossOptions o;
+      o.diversity = static_cast<Diversity>(d), o.label_smoothing = smoothing;
+      unsigned needs = moments_of(o);
+      if (needs & (needs - 1)) needs |= kAllMoments & ~kWeighted;
+      const Kernels<T>* kernels = kernels_for ? &kernels_for(needs) : nullptr;
+      for (int64_t classes : {1, 2, 3, 10, 127, 128, 129, 192, 300})  // tails of 0, 1 and more; two looks of a tile
+        for (int columns = 0; columns < 4; ++columns)
+          check_hessian(kernels, isa, classes == 10 ? 33 : 7, classes, storage, columns & 1, columns & 2, o.diversity, smoothing);
+      if (d < 2) check_hessian(kernels, isa, 1, kPart + 1, storage, false, false, o.diversity, smoothing);
+    }
+}
+
 // The loss and the gradient of one contiguous batch, whatever its targets are.
 template <class T>
 std::vector<double> run_form(Form form, const T* logits, int64_t rows, int64_t classes, const void* target, const T* sample_weight,
@@ -212,6 +299,9 @@ void check_isa(const Kernels<float>& (*floats)(unsigned), const Kernels<double>&
   check_all<double>(doubles, isa, Storage::float64, false);
   check_all<float>(floats, isa, Storage::bfloat16, false);
   check_all<float>(floats, isa, Storage::float16, false);
+  check_hessians<float>(floats, isa, Storage::float32);
+  check_hessians<double>(doubles, isa, Storage::float64);
+  check_hessians<float>(floats, isa, Storage::bfloat16);
   std::printf("%s: %ld values\n", isa, values - before);
 }
 

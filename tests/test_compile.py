@@ -158,7 +158,7 @@ def test_fake_tensors(backend, form, reduction):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_second_derivative_under_compile_is_the_plain_one(name, form):
+def test_the_second_derivative_under_compile(name, form):
     """Dynamo differentiates outside the graph here: the compiled loss inside a gradient penalty."""
     compiled = torch.compile(lambda z, t: functional.cross_entropy(z, t, backend=name), fullgraph=True, backend="eager")
     logits, target = torch.randn(5, CLASSES), target_of(form, 5, CLASSES)

@@ -70,9 +70,10 @@ def backward_of(form: str) -> Callable[[str], str]:
 def second_derivative(backend: str) -> str:
     z = logits()
     loss = cross_entropy(z, target_of("index", ROWS, CLASSES), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
     with Seen() as seen:
-        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
         gradient.square().sum().backward()
+    assert z.grad is not None and z.grad.any()
     return verdict(seen.names)
 
 

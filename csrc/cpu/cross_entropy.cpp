@@ -51,10 +51,9 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, F& body) {
 }
 
 // A block of rows has one sum, whichever thread works on it; a block of tiles holds whole tiles.
-template <class T>
-int64_t rows_in_block(const Job<T>& job) {
-  const int64_t rows = 16384 / std::max<int64_t>(job.classes, 1);
-  return by_row(job) ? std::max<int64_t>(rows, 1) : std::clamp<int64_t>(rows, 1, 16) * 16;
+int64_t rows_in_block(int64_t classes, bool by_row) {
+  const int64_t rows = 16384 / std::max<int64_t>(classes, 1);
+  return by_row ? std::max<int64_t>(rows, 1) : std::clamp<int64_t>(rows, 1, 16) * 16;
 }
 
 template <class T>
@@ -65,14 +64,14 @@ LossSums<T> total(const std::vector<LossSums<T>>& blocks) {
   return sums;
 }
 
-template <class T>
-LossSums<T> run_rows(const Job<T>& job, ParallelFor parallel_for) {
-  const Kernels<T>& kernels = kernels_of(job);
-  const int64_t size = rows_in_block(job), count = (job.rows + size - 1) / size;
+// kernel: of rows [begin, end) of `of`, which is the job or has it in it.
+template <class T, class Of>
+LossSums<T> run_rows(const Job<T>& job, const Of& of, void (*kernel)(const Of&, int64_t begin, int64_t end, LossSums<T>*),
+                     ParallelFor parallel_for) {
+  const int64_t size = rows_in_block(job.classes, by_row(of)), count = (job.rows + size - 1) / size;
   std::vector<LossSums<T>> blocks(count);
-  const auto rows = job.form == Form::probabilities && job.classes > 0 ? kernels.probabilities : kernels.rows;
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) rows(job, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
+    for (int64_t block = begin; block < end; ++block) kernel(of, block * size, std::min((block + 1) * size, job.rows), &blocks[block]);
   };
   parallel(parallel_for, count, std::max<int64_t>(1, kGrain / (size * std::max<int64_t>(job.classes, 1))), body);
   return total(blocks);
@@ -147,8 +146,14 @@ TargetScan<T> scan_targets(const Job<T>& job, ParallelFor parallel_for) {
 
 template <class T>
 LossSums<T> run(const Job<T>& job, ParallelFor parallel_for) {
-  return by_row(job) && job.classes > kRowLimit<T> && job.form != Form::probabilities ? run_long_rows(job, parallel_for)
-                                                                                      : run_rows(job, parallel_for);
+  if (by_row(job) && job.classes > kRowLimit<T> && job.form != Form::probabilities) return run_long_rows(job, parallel_for);
+  const Kernels<T>& kernels = kernels_of(job);
+  return run_rows(job, job, job.form == Form::probabilities && job.classes > 0 ? kernels.probabilities : kernels.rows, parallel_for);
+}
+
+template <class T>
+LossSums<T> run(const HessianJob<T>& h, ParallelFor parallel_for) {
+  return run_rows(h.job, h, kernels_of(h.job).hessian, parallel_for);
 }
 
 const char* instruction_set() { return isa() == Isa::avx512 ? "AVX-512" : isa() == Isa::avx2 ? "AVX2" : "baseline"; }
@@ -157,5 +162,7 @@ template TargetScan<float> scan_targets<float>(const Job<float>&, ParallelFor);
 template TargetScan<double> scan_targets<double>(const Job<double>&, ParallelFor);
 template LossSums<float> run<float>(const Job<float>&, ParallelFor);
 template LossSums<double> run<double>(const Job<double>&, ParallelFor);
+template LossSums<float> run<float>(const HessianJob<float>&, ParallelFor);
+template LossSums<double> run<double>(const HessianJob<double>&, ParallelFor);
 
 }  // namespace fastsoftloss

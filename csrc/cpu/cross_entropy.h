@@ -21,6 +21,10 @@ TargetScan<T> scan_targets(const Job<T>& job, ParallelFor parallel_for);
 template <class T>
 LossSums<T> run(const Job<T>& job, ParallelFor parallel_for);
 
+// H v, and the sums of <dL/dz, v>, of targets that are labels. The targets must have been scanned.
+template <class T>
+LossSums<T> run(const HessianJob<T>& job, ParallelFor parallel_for);
+
 // The instruction set that serves this machine.
 const char* instruction_set();
 

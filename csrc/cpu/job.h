@@ -12,11 +12,11 @@ constexpr int kMaxRowDims = 8;
 
 // Bytes from where the operands start, or from one row to the next: 0 for an operand that is a single value.
 struct Offsets {
-  int64_t logits = 0, gradient = 0, target = 0, sample_weight = 0, upstream = 0;
+  int64_t logits = 0, gradient = 0, target = 0, sample_weight = 0, upstream = 0, direction = 0;
 
   FSL_FN void add(const Offsets& o, int64_t times = 1) {
     logits += o.logits * times, gradient += o.gradient * times, target += o.target * times;
-    sample_weight += o.sample_weight * times, upstream += o.upstream * times;
+    sample_weight += o.sample_weight * times, upstream += o.upstream * times, direction += o.direction * times;
   }
 };
 
@@ -54,6 +54,15 @@ struct Job {
 
   // Whether a row is its logits and a label, and nothing is weighted.
   FSL_FN bool plain() const { return form == Form::index && !class_weight && !sample_weight && !upstream; }
+};
+
+// The same of a Hessian-vector product: H v in the place of the gradient, <dL/dz, v> in that of the loss.
+template <class T>
+struct HessianJob {
+  Job<T> job;                       // for an upstream gradient of 1, of which <dL/dz, v> knows nothing
+  const char* upstream = nullptr;   // T; what H v is multiplied by
+  const char* direction = nullptr;  // v, in the logits' dtype
+  int64_t direction_step = 0;       // bytes between classes
 };
 
 template <class T>

@@ -18,6 +18,11 @@ FSL_FN bool by_row(const Job<T>& job) {
 }
 
 template <class T>
+FSL_FN bool by_row(const HessianJob<T>& h) {
+  return by_row(h.job) && h.direction_step == h.job.logits_step;
+}
+
+template <class T>
 struct Kernels {
   // rows [begin, end), one after the other on this thread: losses, and the gradient where the job asks for it
   void (*rows)(const Job<T>&, int64_t begin, int64_t end, LossSums<T>* sums);
@@ -27,6 +32,8 @@ struct Kernels {
   void (*reduce_part)(const Job<T>&, int64_t row, int64_t part, RowMoments<T>* moments);
   void (*finish_row)(const Job<T>&, int64_t row, RowMoments<T>* parts, RowGradient<T>* gradient, LossSums<T>* sums);
   void (*spread_part)(const Job<T>&, int64_t row, int64_t part, T m, const RowGradient<T>& gradient);
+  // rows [begin, end), whatever their length
+  void (*hessian)(const HessianJob<T>&, int64_t begin, int64_t end, LossSums<T>* sums);
 };
 
 // Rows of up to this many classes keep their exps on the thread's stack between reduce and spread.

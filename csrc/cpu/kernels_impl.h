@@ -36,17 +36,19 @@ struct RowBlocks {
   int64_t classes, count, label_block, other_block, tail_block;
   T label_copy[kBlock], other_copy[kBlock], tail_copy[kBlock];
 
-  FSL_LOOP RowBlocks(const Job<T>& job, const Row<T>& row)
-      : logits(row.logits), storage(job.storage), classes(job.classes), count((classes + kBlock - 1) / kBlock) {
+  RowBlocks(const Job<T>& job, const Row<T>& row) : RowBlocks(job, row, row.logits, -Limits<T>::infinity()) {}
+  // Of another array as the logits; gone: what there is in the place of a true class or the padding.
+  FSL_LOOP RowBlocks(const Job<T>& job, const Row<T>& row, const char* from, T gone)
+      : logits(from), storage(job.storage), classes(job.classes), count((classes + kBlock - 1) / kBlock) {
     label_block = row.label / kBlock;
     tail_block = classes % kBlock ? count - 1 : -1;
-    copy(label_block, label_copy);
-    label_copy[row.label % kBlock] = -Limits<T>::infinity();
+    copy(label_block, gone, label_copy);
+    label_copy[row.label % kBlock] = gone;
     other_block = row.other / kBlock;
     if (row.other < 0 || other_block == label_block) other_block = -1;
-    if (other_block >= 0) copy(other_block, other_copy);
-    if (row.other >= 0) (other_block >= 0 ? other_copy : label_copy)[row.other % kBlock] = -Limits<T>::infinity();
-    if (tail_block >= 0 && tail_block != label_block && tail_block != other_block) copy(tail_block, tail_copy);
+    if (other_block >= 0) copy(other_block, gone, other_copy);
+    if (row.other >= 0) (other_block >= 0 ? other_copy : label_copy)[row.other % kBlock] = gone;
+    if (tail_block >= 0 && tail_block != label_block && tail_block != other_block) copy(tail_block, gone, tail_copy);
   }
   FSL_FN int64_t size(int64_t b) const { return b == tail_block ? classes % kBlock : kBlock; }
   FSL_FN bool direct(int64_t b) const { return holds<T>(storage) && b != label_block && b != other_block && b != tail_block; }
@@ -67,9 +69,9 @@ struct RowBlocks {
   FSL_FN void prefetch(int64_t b) const { prefetch_block<0>(logits + b * kBlock * bytes_of(storage), storage); }
 
  private:
-  FSL_FN void copy(int64_t b, T* to) const {
+  FSL_FN void copy(int64_t b, T gone, T* to) const {
     load_contiguous(logits + b * kBlock * bytes_of(storage), storage, size(b), to);
-    for (int64_t i = size(b); i < kBlock; ++i) to[i] = -Limits<T>::infinity();
+    for (int64_t i = size(b); i < kBlock; ++i) to[i] = gone;
   }
 };
 
@@ -243,11 +245,18 @@ FSL_FN RowLoss<T> finish_both(const RowMoments<T>& rest, const T (&z)[2], const 
   return sum_of(part[0], part[1]);
 }
 
+// What stands at the row's labels; 0 where there is no second one.
+template <class T>
+FSL_FN void load_labels(const Job<T>& job, const Row<T>& row, const char* from, int64_t step, T (&z)[2]) {
+  z[0] = load_one<T>(from + row.label * step, job.storage);
+  z[1] = row.other < 0 ? T(0) : load_one<T>(from + row.other * step, job.storage);
+}
+
 template <class T>
 FSL_FN RowLoss<T> finish_at(const Job<T>& job, const Row<T>& row, const RowMoments<T>& moments) {
-  const T z_y = load_one<T>(row.logits + row.label * job.logits_step, job.storage);
-  if (row.other < 0) return finish_label(moments, z_y, row.class_weight, row.row_weight, row.scale, job.options);
-  const T z[2] = {z_y, load_one<T>(row.logits + row.other * job.logits_step, job.storage)};
+  T z[2];
+  load_labels(job, row, row.logits, job.logits_step, z);
+  if (row.other < 0) return finish_label(moments, z[0], row.class_weight, row.row_weight, row.scale, job.options);
   return finish_both(moments, z, {row.class_weight, row.other_class_weight}, {row.row_weight, row.other_row_weight}, row.scale,
                      job.options);
 }
@@ -339,7 +348,7 @@ struct Tile {
   T counts[kLanes];  // 1 where the lane has a row that is not ignored, else 0
 
   // From the walk's row on, which is left behind the tile.
-  FSL_FN Tile(Walk<T>& walk, int64_t rows) : job(*walk.job), valid(int(min_of<int64_t>(rows, kLanes))) {
+  FSL_LOOP Tile(Walk<T>& walk, int64_t rows) : job(*walk.job), valid(int(min_of<int64_t>(rows, kLanes))) {
     const Offsets first = walk.at;
     job.plain() ? set_lanes<true>(walk) : set_lanes<false>(walk);
     for (int lane = valid; lane < kLanes; ++lane) set<false>(lane, first), counts[lane] = T(0);
@@ -434,12 +443,12 @@ struct Tile {
   }
 };
 
-// Labels among classes [k, k + count): their logits go to `out`, and -inf, which is what a class that is not there looks like, to z.
+// Labels among classes [k, k + count): their logits go to `out`, and `gone` to z: -inf is what a class that is not there looks like.
 template <class T, int kLanes>
-FSL_LOOP void take_out(const int64_t (&label)[kLanes], int64_t k, int count, T (*z)[kLanes], T (&out)[kLanes]) {
+FSL_LOOP void take_out(const int64_t (&label)[kLanes], int64_t k, int count, T gone, T (*z)[kLanes], T (&out)[kLanes]) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t i = label[lane] - k;
-    if (i >= 0 && i < count) out[lane] = z[i][lane], z[i][lane] = -Limits<T>::infinity();
+    if (i >= 0 && i < count) out[lane] = z[i][lane], z[i][lane] = gone;
   }
 }
 template <class T, int kLanes>
@@ -494,6 +503,16 @@ FSL_LOOP void spread(const T* weight, const RowGradient<Vec<T>>& gradient, Vec<T
   }
 }
 
+// Into the tile's gradient, with the labels' own in their places and 0 in the rows that are ignored.
+template <class T>
+FSL_FN void store_labelled(const Tile<T>& tile, int64_t k, int count, const RowGradient<Vec<T>>& g, T (*dz)[Vec<T>::kLanes]) {
+  put_in(tile.label, k, count, g.label, dz);
+  if (tile.job.form == Form::mixture) put_in(tile.other, k, count, g.other, dz);
+  for (int lane = 0; lane < Vec<T>::kLanes; ++lane)
+    for (int i = 0; tile.label[lane] < 0 && i < count; ++i) dz[i][lane] = 0;
+  tile.store(k, count, dz);
+}
+
 template <class T, unsigned Needs>
 void one_tile(Walk<T>& walk, int64_t begin, int64_t end, LossSums<T>* sums) {
   using V = Vec<T>;
@@ -506,8 +525,8 @@ void one_tile(Walk<T>& walk, int64_t begin, int64_t end, LossSums<T>* sums) {
   const auto look = [&](int64_t k) {
     const int count = int(min_of(job.classes - k, kTileClasses));
     tile.load(k, count, z);
-    take_out(tile.label, k, count, z, z_of[0]);
-    if (mixture) take_out(tile.other, k, count, z, z_of[1]);
+    take_out(tile.label, k, count, -Limits<T>::infinity(), z, z_of[0]);
+    if (mixture) take_out(tile.other, k, count, -Limits<T>::infinity(), z, z_of[1]);
     return reduce<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, count, z, exps);
   };
   RowMoments<V> whole = look(0);
@@ -524,11 +543,7 @@ void one_tile(Walk<T>& walk, int64_t begin, int64_t end, LossSums<T>* sums) {
     const int count = int(min_of(job.classes - k, kTileClasses));
     if (!one_look) tile.load(k, count, z);
     spread<T, Needs>(job.class_weight ? job.class_weight + k : nullptr, loss.gradient, whole.m, count, one_look ? exps : nullptr, z);
-    put_in(tile.label, k, count, loss.gradient.label, z);
-    if (mixture) put_in(tile.other, k, count, loss.gradient.other, z);
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; tile.label[lane] < 0 && i < count; ++i) z[i][lane] = 0;
-    tile.store(k, count, z);
+    store_labelled(tile, k, count, loss.gradient, z);
   }
 }
 
@@ -579,6 +594,7 @@ void spread_part(const Job<T>& job, int64_t r, int64_t part, T m, const RowGradi
 }  // namespace FSL_ISA
 }  // namespace fastsoftloss
 
+#include "hessian_impl.h"
 #include "probabilities_impl.h"
 
 namespace fastsoftloss {
@@ -592,8 +608,9 @@ constexpr unsigned of_probabilities(unsigned needs) {
 }
 
 template <class T, unsigned Needs>
-constexpr Kernels<T> kKernels = {rows<T, Needs>, probabilities<T, of_probabilities<T>(Needs)>, reduce_part<T, Needs>, finish_row<T, Needs>,
-                                 spread_part<T, Needs>};
+constexpr Kernels<T> kKernels = {rows<T, Needs>,        probabilities<T, of_probabilities<T>(Needs)>,
+                                 reduce_part<T, Needs>, finish_row<T, Needs>,
+                                 spread_part<T, Needs>, hessian<T, Needs>};
 
 }  // namespace
 
