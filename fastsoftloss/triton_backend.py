@@ -286,7 +286,7 @@ def _long_forward(call: _Call, rows: _Rows, chosen: Plan, moments: Tensor, point
         **_compiled(chosen),
     )  # fmt: skip
     width = triton.next_power_of_2(chosen.splits)
-    block = max(1, 512 // width)
+    block = max(1, (256 if call.form == "mixture" else 512) // width)  # rows; more labels would spill
     long.long_finish[(-(-rows.rows // block) if call.reduction == _NONE else 1,)](
         z_ptr=call.logits, moments_ptr=partial, divisor_ptr=moments, saved_ptr=moments[1:], **pointers, **place,
         **call.labels(), **call.samples(), **call.values(), **call.kinds(), R=block, SPLITS=width, num_warps=4,

@@ -114,7 +114,7 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     if case.form != "probabilities":
         constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector}
     if name in NO_LOGITS:
-        constants |= {"R": 512, "BLOCK": 1024}
+        constants |= {"R": 256 if case.form == "mixture" else 512, "BLOCK": 1024}
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
