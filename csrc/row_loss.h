@@ -233,21 +233,24 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, T z_y, T class_weight, T row_we
 
 // A mixture of two labels that are not the same class, from the moments of all other classes: what they lack of a
 // label's complement is the other label. Each part's gradient is linear in the same few things, so their sum is one.
-template <unsigned Needs, class T>
+// labels: 1 where the second one is not there.
+template <unsigned Needs, class T, class Real>
 FSL_FN RowLoss<T> finish_mixture(const RowMoments<T>& rest, const T (&z)[2], const T (&class_weight)[2], const T (&row_weight)[2], T scale,
-                                 const LossOptions& o) {
-  RowMoments<T> complement[2];
-  RowLoss<T> part[2];
-  for (int i = 0; i < 2; ++i) {
-    complement[i] = merge<Needs>(rest, alone(z[1 - i], class_weight[1 - i]));
-    part[i] = finish(complement[i], z[i], class_weight[i], row_weight[i], scale, o);
-  }
-  RowLoss<T> out = {part[0].loss + part[1].loss, part[0].cross_entropy + part[1].cross_entropy, part[0].diversity + part[1].diversity, {}};
-  T own[2];
-  for (int i = 0; i < 2; ++i) {
-    const T down = select(rest.n > T(0), rest.m - complement[i].m, T(0));
-    add(out.gradient, T(1), about(part[i].gradient, down));
-    own[i] = part[i].gradient.label + slope_at(part[1 - i].gradient, z[i] - complement[1 - i].m, class_weight[i]);
+                                 const Options<Real>& o, int labels = 2) {
+  RowLoss<T> out = {T(0), T(0), T(0), {}};
+  T own[2] = {T(0), T(0)};
+  FSL_ROLLED for (int i = 0; i < labels; ++i) {
+    const T z_y = i == 0 ? z[0] : z[1], z_other = i == 0 ? z[1] : z[0];
+    const T w_y = i == 0 ? class_weight[0] : class_weight[1], w_other = i == 0 ? class_weight[1] : class_weight[0];
+    RowMoments<T> complement = rest;
+    if (labels == 2) complement = merge<Needs>(rest, alone(z_other, w_other));
+    const RowLoss<T> part = finish(complement, z_y, w_y, i == 0 ? row_weight[0] : row_weight[1], scale, o);
+    out.loss = out.loss + part.loss, out.cross_entropy = out.cross_entropy + part.cross_entropy;
+    out.diversity = out.diversity + part.diversity;
+    add(out.gradient, T(1), about(part.gradient, select(rest.n > T(0), rest.m - complement.m, T(0))));
+    const T on_other = slope_at(part.gradient, z_other - complement.m, w_other);
+    own[0] = own[0] + (i == 0 ? part.gradient.label : on_other);
+    own[1] = own[1] + (i == 0 ? on_other : part.gradient.label);
   }
   out.gradient.label = own[0], out.gradient.other = own[1];
   return out;

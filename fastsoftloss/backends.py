@@ -36,7 +36,7 @@ def _load_cpu() -> None:
         _detail["cpu"] = f", {kernels.instruction_set()}"
 
 
-_cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs)
+_cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs, tuple(cuda_backend.KEPT))
 ops.define_rescale("cuda_cross_entropy")
 
 
