@@ -144,8 +144,8 @@ struct Slope {
     a = g.a * f;
     if (Needs & kSquares) t = g.t * f * kLn2, a -= g.t * offset * f, b = g.b * f * f;
     if (Needs & kLogits) e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * offset;
-    const float together = mixed ? fabsf(g.label) + fabsf(g.other) : fabsf(g.label);  // no less than what the other classes get
-    exact = fabsf(a) > 1e-36f || together < 1e-35f;
+    // label, with a mixture's other: what cross-entropy gives all other classes together, or more
+    exact = fabsf(a) > 1e-36f || (fabsf(g.label) < 1e-35f && (!mixed || fabsf(g.other) < 1e-35f));
   }
   // What the group's first thread has, for all of it.
   FSL_DEVICE void share(const Group<float>& group) {

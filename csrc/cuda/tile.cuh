@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       bool careful = true;
       if (group.lane == 0) {
         const float n = float(classes - row.classes()), inv_n = inverse(n), y_own = at.y(z[0]);
-        if (sums.sound(inv_n, at, kMostSum) & (kMixed || fabsf(y_own) < kMostApart)) {
+        if (sums.sound(inv_n, at, kMostSum) & (kMixed | fabsf(y_own) < kMostApart)) {
           const Weights<float, kMixed> weights(job, r, row);
           const float factor = scale * row.upstream;
           const Reference about = kMixed ? at : at.rounded();  // a mixture's labels are compared with it
