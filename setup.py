@@ -55,7 +55,7 @@ def wants_cuda() -> bool:
 def cuda_architectures() -> list[str]:
     """Machine code for these, and PTX of the last for what comes after them.
 
-    FASTSOFTLOSS_CUDA_ARCHITECTURES is "all" or like "80 90"; if it is not set, those of the GPUs here, since each takes two
+    FASTSOFTLOSS_CUDA_ARCHITECTURES is "all" or like "80 90"; if it is not set, those of the GPUs here, since each takes four
     minutes of a core. Where there is no GPU, all.
     """
     import torch

@@ -97,35 +97,54 @@ struct Inputs {
 
 ScalarType arithmetic(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+// The shape of the rows: that of the logits without the class dimension.
+struct RowSizes {
+  explicit RowSizes(const Tensor& logits) : logits(logits), dims(logits.dim() - 1), class_dim(logits.dim() > 1 ? 1 : 0) {}
+  int64_t operator[](int64_t d) const { return logits.size(d < class_dim ? d : d + 1); }
+  int64_t count() const {
+    int64_t rows = 1;
+    for (int64_t d = 0; d < dims; ++d) rows *= (*this)[d];
+    return rows;
+  }
+
+  const Tensor& logits;
+  const int64_t dims, class_dim;
+};
+
+// A mixture's two labels, and their sample weights, stand in a first dimension of their own.
+bool mixed(const Inputs& in) { return in.target.dim() == in.logits.dim(); }
+
 bool same_device(const Tensor& a, const Tensor& b) { return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(); }
 
 // What functional.py explains, this refuses: no kernel may read where it should not.
 void check(const Inputs& in, const Tensor* upstream) {
-  const int64_t dims = in.logits.dim(), class_dim = dims > 1 ? 1 : 0;
-  STD_TORCH_CHECK(dims <= kMaxDims, "logits have more than ", kMaxDims, " dimensions");
-  bool fits = dims > 0 && in.target.dim() == dims - 1;
-  for (int64_t d = 0; fits && d < dims - 1; ++d) fits = in.target.size(d) == in.logits.size(d < class_dim ? d : d + 1);
-  STD_TORCH_CHECK(fits, "target must have the shape of logits without the class dimension");
+  STD_TORCH_CHECK(in.logits.dim() > 0 && in.logits.dim() <= kMaxDims, "logits must have from 1 to ", kMaxDims, " dimensions");
+  const RowSizes rows(in.logits);
+  const bool two = mixed(in);
+  const auto like_rows = [&](const Tensor& t, bool both) {
+    bool same = t.dim() == rows.dims + both && (!both || t.size(0) == 2);
+    for (int64_t d = 0; same && d < rows.dims; ++d) same = t.size(d + both) == rows[d];
+    return same;
+  };
+  STD_TORCH_CHECK(like_rows(in.target, two), "target must have the shape of logits without the class dimension, or hold two of that shape");
   const ScalarType logits = in.logits.scalar_type(), index = in.target.scalar_type(), type = arithmetic(in.logits);
   STD_TORCH_CHECK(
       logits == ScalarType::Float || logits == ScalarType::Double || logits == ScalarType::BFloat16 || logits == ScalarType::Half,
       "logits must be float32, float64, bfloat16 or float16");
-  STD_TORCH_CHECK(in.logits.size(class_dim) < std::numeric_limits<int>::max(), "logits must have fewer than 2^31 classes");
+  STD_TORCH_CHECK(in.logits.size(rows.class_dim) < std::numeric_limits<int>::max(), "logits must have fewer than 2^31 classes");
   STD_TORCH_CHECK(index == ScalarType::Long || index == ScalarType::Int, "target must be int64 or int32");
   STD_TORCH_CHECK(same_device(in.logits, in.target), "logits and target must be on one device");
-  const auto like_rows = [&](const Tensor& t) {
-    bool same = t.dim() == dims - 1 && t.scalar_type() == type && same_device(t, in.logits);
-    for (int64_t d = 0; same && d < dims - 1; ++d) same = t.size(d) == in.target.size(d);
-    return same;
+  const auto weighs = [&](const Tensor& t, bool both) {
+    return like_rows(t, both) && t.scalar_type() == type && same_device(t, in.logits);
   };
   if (in.weight)
-    STD_TORCH_CHECK(in.weight->dim() == 1 && in.weight->size(0) == in.logits.size(class_dim) && in.weight->scalar_type() == type &&
+    STD_TORCH_CHECK(in.weight->dim() == 1 && in.weight->size(0) == in.logits.size(rows.class_dim) && in.weight->scalar_type() == type &&
                         in.weight->is_contiguous() && same_device(*in.weight, in.logits),
                     "weight must hold one contiguous value for each class, in the dtype of the arithmetic");
   if (in.sample_weight)
-    STD_TORCH_CHECK(like_rows(*in.sample_weight), "sample_weight must have the shape of target and the dtype of the arithmetic");
+    STD_TORCH_CHECK(weighs(*in.sample_weight, two), "sample_weight must have the shape of target and the dtype of the arithmetic");
   if (upstream)
-    STD_TORCH_CHECK(in.reduction == kNone ? like_rows(*upstream)
+    STD_TORCH_CHECK(in.reduction == kNone ? weighs(*upstream, false)
                                           : upstream->dim() == 0 && upstream->scalar_type() == type && same_device(*upstream, in.logits),
                     "the upstream gradient must have the shape and the dtype of the loss");
   STD_TORCH_CHECK(in.reduction >= kNone && in.reduction <= kSum, "reduction must be 0, 1 or 2");
@@ -135,7 +154,7 @@ void check(const Inputs& in, const Tensor* upstream) {
 // One operand over the row dimensions, in bytes.
 struct Walk {
   const Tensor* tensor;
-  int64_t skip;  // the class dimension, or -1
+  int64_t skip;  // the dimension that is not the rows': of the classes, of a mixture's labels, or -1
   int64_t bytes;
   Operand* out;
 
@@ -144,18 +163,19 @@ struct Walk {
 
 // Row dimensions that all operands walk alike are one dimension; false where more are left than a job has.
 template <class T>
-bool set_rows(Job<T>& job, const Tensor& target, const Walk* walks, int count) {
-  job.rows = target.numel();
+bool set_rows(Job<T>& job, const RowSizes& sizes, const Walk* walks, int count) {
+  job.rows = sizes.count();
   int dims = 0;
-  for (int64_t d = 0; d < target.dim(); ++d) {
-    if (target.size(d) == 1) continue;
+  for (int64_t d = 0; d < sizes.dims; ++d) {
+    const int64_t size = sizes[d];
+    if (size == 1) continue;
     bool joins = dims > 0;
-    for (int i = 0; i < count; ++i) joins = joins && walks[i].out->stride[dims - 1] == walks[i].stride(d) * target.size(d);
+    for (int i = 0; i < count; ++i) joins = joins && walks[i].out->stride[dims - 1] == walks[i].stride(d) * size;
     if (!joins) {
       if (dims == kMaxRowDims) return false;
       job.row_size[dims++] = 1;
     }
-    job.row_size[dims - 1] *= target.size(d);
+    job.row_size[dims - 1] *= size;
     for (int i = 0; i < count; ++i) walks[i].out->stride[dims - 1] = walks[i].stride(d);
   }
   job.row_dims = dims;
@@ -184,11 +204,15 @@ struct Call {
 template <class T>
 bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tensor* gradient, const Tensor* upstream, int multiprocessors) {
   Job<T>& job = call.job;
-  const int64_t class_dim = logits.dim() > 1 ? 1 : 0, bytes = int64_t(logits.element_size());
+  const RowSizes rows(logits);
+  const int64_t class_dim = rows.class_dim, bytes = int64_t(logits.element_size());
   job.classes = int(logits.size(class_dim));
   job.logits.data = static_cast<char*>(const_cast<void*>(logits.const_data_ptr()));
   job.logits_step = logits.stride(class_dim) * bytes;
+  job.mixed = mixed(in);
   job.wide_target = in.target.scalar_type() == ScalarType::Long;
+  const int64_t label_bytes = job.wide_target ? 8 : 4, label_dim = job.mixed ? 0 : -1;
+  if (job.mixed) job.target_step = in.target.stride(0) * label_bytes;
   job.target.data = static_cast<char*>(const_cast<void*>(in.target.const_data_ptr()));
   job.ignore_index = in.ignore_index;
   job.mean = in.reduction == kMean;
@@ -196,7 +220,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   Walk walks[5];
   int count = 0;
   walks[count++] = {&logits, class_dim, bytes, &job.logits};
-  walks[count++] = {&in.target, -1, job.wide_target ? 8 : 4, &job.target};
+  walks[count++] = {&in.target, label_dim, label_bytes, &job.target};
   if (gradient) {
     job.gradient.data = static_cast<char*>(gradient->mutable_data_ptr());
     job.gradient_step = gradient->stride(class_dim) * bytes;
@@ -205,7 +229,8 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   if (in.weight) job.class_weight = static_cast<const T*>(in.weight->const_data_ptr());
   if (in.sample_weight) {
     job.sample_weight.data = static_cast<char*>(const_cast<void*>(in.sample_weight->const_data_ptr()));
-    walks[count++] = {&*in.sample_weight, -1, sizeof(T), &job.sample_weight};
+    if (job.mixed) job.sample_weight_step = in.sample_weight->stride(0) * int64_t(sizeof(T));
+    walks[count++] = {&*in.sample_weight, label_dim, sizeof(T), &job.sample_weight};
   }
   if (upstream) {
     auto* const data = static_cast<char*>(const_cast<void*>(upstream->const_data_ptr()));
@@ -216,7 +241,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
       walks[count++] = {upstream, -1, sizeof(T), &job.upstream};
     }
   }
-  if (!set_rows(job, in.target, walks, count)) return false;
+  if (!set_rows(job, rows, walks, count)) return false;
 
   auto& o = job.options;
   o.diversity = static_cast<fastsoftloss::Diversity>(in.diversity);
@@ -237,6 +262,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   batch.side_by_side = job.row_dims > 0 && job.logits.stride[job.row_dims - 1] == bytes;
   batch.weighted = o.class_weights;
   batch.fused = gradient && !upstream;
+  batch.mixed = job.mixed;
   call.plan = plan(batch, multiprocessors);
   return true;
 }
@@ -262,6 +288,7 @@ void check_targets(const Job<T>& job, const Device& device, const Tensor& logits
   targets.rows = job.rows, targets.classes = job.classes, targets.row_dims = job.row_dims;
   std::memcpy(targets.row_size, job.row_size, sizeof job.row_size);
   targets.target = job.target, targets.wide_target = job.wide_target, targets.ignore_index = job.ignore_index;
+  targets.mixed = job.mixed, targets.target_step = job.target_step;
   const Tensor found = vector_of(logits, 1, ScalarType::Long);
   auto* first = static_cast<unsigned long long*>(found.mutable_data_ptr());
   unsigned long long row = job.rows;
@@ -296,15 +323,16 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
   const Inputs in{logits, target, weight, sample_weight, ignore_index, reduction, label_smoothing, diversity, diversity_weight, z_loss};
   check(in, nullptr);
   const ScalarType type = arithmetic(logits);
-  const int64_t rows = target.numel(), classes = logits.size(logits.dim() > 1 ? 1 : 0);
+  const RowSizes sizes(logits);
+  const int64_t rows = sizes.count(), classes = logits.size(sizes.class_dim);
   int64_t shape[kMaxDims + 1] = {2}, dims = 0;  // of the parts; without the 2, of the loss
   if (reduction == kNone)
-    for (; dims < target.dim(); ++dims) shape[dims + 1] = target.size(dims);
+    for (; dims < sizes.dims; ++dims) shape[dims + 1] = sizes[dims];
   gradient = gradient && fused(classes);
   Tensor loss = empty(logits, shape + 1, dims, type);
   Tensor components = parts ? empty(logits, shape, dims + 1, type) : vector_of(logits, 0, type);
   Tensor dlogits = gradient ? torch::stable::empty_like(logits) : vector_of(logits, 0, logits.scalar_type());
-  Tensor moments = vector_of(logits, kept(rows, classes, reduction == kMean, kSaved), type);
+  Tensor moments = vector_of(logits, kept(rows, classes, reduction == kMean, kSaved + mixed(in)), type);
   if (rows == 0) {
     const double nothing = reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : 0;
     torch::stable::fill_(loss, nothing);
@@ -323,7 +351,8 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
     T* const kept_data = moments.numel() ? static_cast<T*>(moments.mutable_data_ptr()) : nullptr;
     if (reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
     if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;
-    const bool labelled = gradient && job.mean && classes <= kTileClasses;  // elsewhere they are little beside the logits
+    // elsewhere they are little beside the logits, and those of a mixture too wide
+    const bool labelled = gradient && job.mean && !job.mixed && classes <= kTileClasses;
     const Scratch places = scratch(call.plan, rows, sizeof(fastsoftloss::RowMoments<T>) / sizeof(T), labelled);
     const Tensor memory = vector_of(logits, reduction != kNone || call.plan.splits > 1 ? places.size : 0, type);
     T* const scratch_data = memory.numel() ? static_cast<T*>(memory.mutable_data_ptr()) : nullptr;
@@ -347,9 +376,10 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
 void write_gradient(Tensor& dlogits, const Tensor& upstream, const Tensor& moments, const Inputs& in, bool rescale) {
   const Device device(in.logits);
   check(in, &upstream);
-  const int64_t rows = in.target.numel(), classes = in.logits.size(in.logits.dim() > 1 ? 1 : 0);
-  STD_TORCH_CHECK(moments.numel() == kept(rows, classes, in.reduction == kMean, kSaved) && moments.scalar_type() == arithmetic(in.logits) &&
-                      moments.is_contiguous() && same_device(moments, in.logits),
+  const RowSizes sizes(in.logits);
+  const int64_t rows = sizes.count(), classes = in.logits.size(sizes.class_dim);
+  STD_TORCH_CHECK(moments.numel() == kept(rows, classes, in.reduction == kMean, kSaved + mixed(in)) &&
+                      moments.scalar_type() == arithmetic(in.logits) && moments.is_contiguous() && same_device(moments, in.logits),
                   "moments must be what the forward gave");
   if (rows == 0 || classes == 0) return;
   with_storage(in.logits, [&](auto storage, auto zero) {

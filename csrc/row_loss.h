@@ -239,11 +239,12 @@ struct MixturePart {
 };
 
 // From the moments of the classes that are neither label, the rest: what they lack of a label's complement is the other label.
-// An other label of -inf is not there.
+// Not there: an other label of -inf, and none where there is one label alone.
 template <unsigned Needs, class T, class Real>
 FSL_FN MixturePart<T> finish_part(const RowMoments<T>& rest, T z_y, T z_other, T class_weight, T other_class_weight, T row_weight, T scale,
-                                  const Options<Real>& o) {
-  const RowMoments<T> complement = merge<Needs>(rest, alone(z_other, other_class_weight));
+                                  const Options<Real>& o, bool two = true) {
+  RowMoments<T> complement = rest;
+  if (two) complement = merge<Needs>(rest, alone(z_other, other_class_weight));
   MixturePart<T> part = {finish(complement, z_y, class_weight, row_weight, scale, o), T(0)};
   RowGradient<T>& g = part.of.gradient;
   part.other = slope_at(g, z_other - complement.m, other_class_weight);
@@ -261,12 +262,25 @@ FSL_FN RowLoss<T> sum_of(const MixturePart<T>& first, const MixturePart<T>& seco
   return out;
 }
 
-// A mixture of two labels that are not the same class.
-template <unsigned Needs, class T>
+// A mixture of two labels that are not the same class. labels: 1 where the second one is not there.
+template <unsigned Needs, class T, class Real>
 FSL_FN RowLoss<T> finish_mixture(const RowMoments<T>& rest, const T (&z)[2], const T (&class_weight)[2], const T (&row_weight)[2], T scale,
-                                 const LossOptions& o) {
-  return sum_of(finish_part<Needs>(rest, z[0], z[1], class_weight[0], class_weight[1], row_weight[0], scale, o),
-                finish_part<Needs>(rest, z[1], z[0], class_weight[1], class_weight[0], row_weight[1], scale, o));
+                                 const Options<Real>& o, int labels = 2) {
+  RowLoss<T> out = {T(0), T(0), T(0), {}};
+  T own[2] = {T(0), T(0)};
+  FSL_ROLLED for (int i = 0; i < labels; ++i) {
+    const bool first = i == 0;
+    const MixturePart<T> part =
+        finish_part<Needs>(rest, first ? z[0] : z[1], first ? z[1] : z[0], first ? class_weight[0] : class_weight[1],
+                           first ? class_weight[1] : class_weight[0], first ? row_weight[0] : row_weight[1], scale, o, labels == 2);
+    out.loss = out.loss + part.of.loss, out.cross_entropy = out.cross_entropy + part.of.cross_entropy;
+    out.diversity = out.diversity + part.of.diversity;
+    add(out.gradient, T(1), part.of.gradient);
+    own[0] = own[0] + (first ? part.of.gradient.label : part.other);
+    own[1] = own[1] + (first ? part.other : part.of.gradient.label);
+  }
+  out.gradient.label = own[0], out.gradient.other = own[1];
+  return out;
 }
 
 }  // namespace fastsoftloss

@@ -13,6 +13,13 @@
 #define FSL_FN inline __attribute__((always_inline))
 #endif
 
+// Before a loop that gains nothing from being unrolled: it would cost time to compile, and registers on a GPU.
+#ifdef __CUDACC__
+#define FSL_ROLLED _Pragma("unroll 1")
+#else
+#define FSL_ROLLED _Pragma("GCC unroll 1")
+#endif
+
 namespace fastsoftloss {
 
 template <class T>

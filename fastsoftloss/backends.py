@@ -46,7 +46,7 @@ def _load_cpu() -> None:
         _detail["cpu"] = f", {kernels.instruction_set()}, autograd in {'Python' if _ready['cpu'].eager is None else 'C++'}"
 
 
-_cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs)
+_cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs, tuple(cuda_backend.KEPT))
 ops.define_rescale("cuda_cross_entropy")
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 from fastsoftloss import ops
 
 # as in csrc/cuda/plan.h: properties of the shape alone, so that a fake tensor has them
-FUSED_CLASSES, KEPT_CLASSES, KEPT = 16384, 1024, 6
+FUSED_CLASSES, KEPT_CLASSES = 16384, 1024
+KEPT = {"index": 6, "mixture": 7}  # floats a row, by the target's form
 _MEAN = ops.REDUCTIONS.index("mean")
 
 
 def outputs(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
     """(size of ``moments``, whether the forward can write the gradient too)."""
     classes = logits.shape[min(1, logits.dim() - 1)]
-    return 1 + KEPT * target.numel() if classes > KEPT_CLASSES else int(reduction == _MEAN), gradient and classes <= FUSED_CLASSES
+    floats = KEPT[ops.form_of(logits, target)] * ops.rows_of(logits).numel()
+    return 1 + floats if classes > KEPT_CLASSES else int(reduction == _MEAN), gradient and classes <= FUSED_CLASSES
 
 
 def rescale(dlogits: Tensor, upstream: Tensor, moments: Tensor, logits: Tensor, *inputs: Any) -> Tensor | None:

@@ -10,9 +10,10 @@ import cuda_mode
 import pytest
 import torch
 from conftest import DIVERSITIES, agree
+from test_soft_targets import BOUND, check, near
 from torch import Tensor
 
-from fastsoftloss import functional, ops
+from fastsoftloss import functional, ops, reference
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # staged tiles of 1, 2, .. 16 threads a row up to 512, rows held by half a warp, a warp, warps from there, passes from 16385 on
@@ -128,10 +129,102 @@ def test_label_out_of_range_is_nan_with_no_gradient(classes: int) -> None:
         assert (g[:3] == 0).all() and (g[3] != 0).any()
 
 
+@pytest.mark.parametrize("classes", [6, 700, 20000])
+def test_either_label_of_a_mixture_out_of_range_is_nan_with_no_gradient(classes: int) -> None:
+    operators = functional.backends.choose("cuda", torch.device("cpu"))
+    assert operators is not None
+    logits, target = batch(5, classes, F32)
+    target, shares = reference.pack_mixture(mixture(target, classes), None, F32)
+    target[0, 0], target[1, 1], target[0, 2], target[1, 2], target[0, 3] = classes, -7, -100, 2**40, -100
+    arguments = (logits, target, None, shares, -100, ops.REDUCTIONS.index("none"), 0.0, 1, 1.0, 0.0)
+    loss, _, dlogits, moments = operators.forward(*arguments, False, True)
+    assert loss[:3].isnan().all() and loss[3:].isfinite().all()
+    gradient = operators.backward(torch.ones(5), moments, *arguments)
+    for g in (gradient, dlogits) if dlogits.numel() else (gradient,):
+        assert (g[:3] == 0).all() and (g[3:] != 0).any(1).all()
+
+
+def mixture(target: Tensor, classes: int, apart: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels that far apart, the same one twice in the last row."""
+    second = (target + apart) % classes
+    second[-1] = target[-1]
+    return target, second, torch.rand(target.shape)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_mixtures(classes: int) -> None:
+    """As for one label: each class count with every dtype, over the counts every penalty with every dtype."""
+    for i, dtype in enumerate((F32, BF16, F16, F64)):
+        if classes > 20000 and i != classes % 3:
+            continue
+        logits, target = batch(37 if classes <= 100 else 3, classes, dtype)
+        first, second, mix = mixture(target, classes)
+        first[0] = -100
+        target_ = first, second, mix.to(reference.accumulation_dtype(dtype))
+        check("cuda", logits, target_, diversity=DIVERSITIES[(CLASSES.index(classes) + i) % 6])
+
+
+@pytest.mark.parametrize("diversity", DIVERSITIES)
+@pytest.mark.parametrize(("classes", "dtype"), [(10, BF16), (300, F16), (1003, F32), (20000, BF16)])
+def test_mixtures_with_every_option(classes: int, dtype: torch.dtype, diversity: str | None) -> None:
+    logits, target = batch(3, classes, dtype)
+    options = dict(diversity=diversity, sample_weight=torch.rand(3) + 0.5, **EVERYTHING)
+    exactly = options | {"sample_weight": options["sample_weight"].double()}
+    for mixed in (mixture(target, classes), (target, torch.tensor([-100, 0, 1]), 0.3)):
+        z, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        loss = functional.cross_entropy(z, mixed, backend="cuda", **options)
+        true = functional.cross_entropy(exact, mixed, backend="reference", **exactly)
+        near(loss.detach(), true.detach(), BOUND[F32])
+        upstream = 2.0**6  # out of float16's smallest numbers
+        (dz,), (true_dz,) = torch.autograd.grad(upstream * loss, z), torch.autograd.grad(upstream * true, exact)
+        near(dz, true_dz, BOUND[F32], dtype, 1)
+
+
+@pytest.mark.parametrize("size", [4, 2])  # bytes of a logit: 4 and 8 to a vector
+@pytest.mark.parametrize("classes", [40, 1003, 20000])  # a tile, a row in registers, a row in passes
+def test_two_labels_wherever_they_are(classes: int, size: int) -> None:
+    """In one word, one vector, two, before the first, behind the last, in rows of any alignment. The one that counts is far above
+    all others, so that whoever lets it into the sums sees it: they are its whole loss."""
+    pairs = [(0, 1), (1, 0), (9, 8), (16, 19), (17, 16), (19, 17), (5, classes - 1), (classes - 1, classes - 2), (33, 35), (11, 12)]
+    first, second = torch.tensor(pairs).unbind(1)
+    for start in (0, 3):
+        logits = torch.randn(len(pairs) * classes + start, generator=torch.Generator().manual_seed(classes)).to(F32 if size == 4 else BF16)
+        logits = logits[start:].view(len(pairs), classes)
+        rows = torch.arange(len(pairs))
+        logits[rows, first] = 30.0
+        check("cuda", logits, (first, second, 1.0), diversity=None)
+        check("cuda", logits, (second, first, 0.0), diversity=None)
+
+
+@pytest.mark.parametrize("classes", [6, 700, 20000, 100_000])
+def test_masked_and_extreme_logits_of_a_mixture(classes: int) -> None:
+    logits, target = batch(8, classes, F32)
+    first, second = target * 0 + 2, target * 0 + 4
+    logits[0, 5:] = -torch.inf
+    logits[1, :2] = logits[1, 3] = logits[1, 5:] = -torch.inf  # the two labels alone
+    logits[2, 5:] = 200.0
+    logits[3, 2], logits[4, 4] = 80.0, 80.0
+    logits[5, 2], logits[5, 4] = -80.0, -90.0
+    if classes == 100_000:
+        logits[6, 5 : 5 + 98_000] = -torch.inf
+    logits[7] += 1e4
+    for diversity in ("logit_variance", "kl") if classes < 10_000 else ("logit_variance",):
+        check("cuda", logits, (first, second, 0.3), diversity=diversity)
+    for bad in (torch.nan, torch.inf):
+        for where in (0, 2, 4):
+            z = logits[7:].clone()
+            z[0, where] = bad
+            z.requires_grad_()
+            loss = functional.cross_entropy(z, (first[:1], second[:1], 0.3), backend="cuda")
+            assert loss.isnan() and torch.autograd.grad(loss, z)[0].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["index", "mixture"])
 @pytest.mark.parametrize("classes", [10, 700, 4096, 20000])
-def test_the_same_bits_again_and_few_launches(classes: int) -> None:
+def test_the_same_bits_again_and_few_launches(classes: int, form: str) -> None:
     sim = cuda_mode.simulator()
-    logits, target = batch(9, classes, F32)
+    logits, labels = batch(9, classes, F32)
+    target = labels if form == "index" else mixture(labels, classes)
 
     def run() -> tuple[Tensor, Tensor]:
         z = logits.clone().requires_grad_()
@@ -147,11 +240,14 @@ def test_the_same_bits_again_and_few_launches(classes: int) -> None:
     assert torch.equal(a, b) and torch.equal(da, db)
 
 
+@pytest.mark.parametrize("form", ["index", "mixture"])
 @pytest.mark.parametrize("classes", [10, 700, 4096])
-def test_rescale_decides_on_the_device(classes: int) -> None:
+def test_rescale_decides_on_the_device(classes: int, form: str) -> None:
     operators = functional.backends.choose("cuda", torch.device("cpu"))
     assert operators is not None
-    arguments = (*batch(5, classes, F32), None, None, -100, 1, 0.0, 1, 1.0, 0.0)
+    logits, target = batch(5, classes, F32)
+    target, shares = (target, None) if form == "index" else reference.pack_mixture(mixture(target, classes), None, F32)
+    arguments = (logits, target, None, shares, -100, 1, 0.0, 1, 1.0, 0.0)
     _, _, dlogits, moments = operators.forward(*arguments, False, True)
     marked = torch.full_like(dlogits, 7)
     assert operators.rescale(marked, torch.tensor(1.0), moments, *arguments) is marked and (marked == 7).all()

@@ -4,6 +4,9 @@ A run takes one architecture and two dtypes, since all of them take ten minutes;
 
     FASTSOFTLOSS_CUDA_ARCHITECTURES="80 86 89 90 100 120" FASTSOFTLOSS_TEST_DTYPES="bfloat16 float16 float32 float64" \\
         pytest tests/test_cuda_compile.py
+
+which fails for mixtures in float32 on sm_100: the resident kernel with a gradient and all moments spills 4 bytes there. Of
+mixtures these have been compiled: bfloat16 for sm_80, sm_90 and sm_120, float32 for sm_100, float64 for sm_90.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import pytest
 ARCHITECTURES = os.environ.get("FASTSOFTLOSS_CUDA_ARCHITECTURES", "90").split()
 DTYPES = os.environ.get("FASTSOFTLOSS_TEST_DTYPES", "bfloat16 float64").split()
 # Registers a thread: 64 leaves half of a multiprocessor's 64 warps their place. A double takes two, and its rows go the plain way.
+# A mixture's second label takes a quarter more, and a half more where a row goes the plain way.
 STREAMING = ("reduce", "spread", "careful_rows", "merge_parts", "total", "divisors", "outside")
 
 
@@ -55,6 +59,8 @@ def check_registers(source: str, architecture: str, cubin: Path) -> None:
     for name, (registers, stack, spilled) in found.items():
         assert (stack, spilled) == (0, 0), name
         streaming = 128 if source == "float64" else 64
+        if re.search(r"Lb1E[fd]?EEv", name):  # the last of the kernel's arguments that is a bool: two labels a row
+            streaming = streaming * 8 // 5 if "careful" in name else streaming * 5 // 4
         assert registers <= (streaming if any(kind in name for kind in STREAMING) else 255), name
 
 
@@ -76,8 +82,8 @@ def test_compiles_clean(dtype: str, architecture: str, tmp_path: Path) -> None:
     for part in re.split(r"\n\.text\.", sass)[1:]:
         name = part.split(":")[0]
         loads, stores = re.search(r"LDG\.E\S*\.128", part), re.search(r"STG\.E\S*\.128", part)
-        staged = re.search(r"4tileI.*ELb1ELb[01]EEEv", name)  # through shared memory, logits and gradient
-        writes = staged or "spread" in name or re.search(r"8residentI.*ELb1EEEv", name)
+        staged = re.search(r"4tileI.*ELb1ELb[01]ELb[01]EEEv", name)  # through shared memory, logits and gradient
+        writes = staged or "spread" in name or re.search(r"8residentI.*ELb1ELb[01]EEEv", name)
         if staged or any(kind in name for kind in ("reduce", "spread", "resident")):
             assert loads and (stores or not writes), name
             seen.add(next(kind for kind in ("tile", "reduce", "spread", "resident") if kind in name))

@@ -26,7 +26,7 @@ void plan_of(int64_t rows, int64_t classes, int bytes, int contiguous, int packe
   for (int64_t i = 0; i < 15; ++i) out[i] = all[i];
 }
 int fused_of(int64_t classes) { return fused(classes); }
-int64_t kept_of(int64_t rows, int64_t classes, int mean) { return kept(rows, classes, mean != 0, 6); }
+int64_t kept_of(int64_t rows, int64_t classes, int mean, int floats) { return kept(rows, classes, mean != 0, floats); }
 }
 """
 NAMES = ("kernel", "lanes", "threads", "tile_rows", "splits", "blocks", "spread_splits", "spread_blocks", "merge_blocks", "shared")
@@ -100,9 +100,9 @@ def test_few_long_rows_are_shared_and_many_are_not(library) -> None:
 def test_python_and_cpp_agree_on_what_a_forward_gives(library) -> None:
     for classes in CLASSES:
         assert bool(library.fused_of(ctypes.c_int64(classes))) == (classes <= cuda_backend.FUSED_CLASSES)
-        for mean in (False, True):
-            kept = 1 + cuda_backend.KEPT * 7 if classes > cuda_backend.KEPT_CLASSES else int(mean)
-            assert library.kept_of(ctypes.c_int64(7), ctypes.c_int64(classes), mean) == kept
+        for mean, floats in itertools.product((False, True), cuda_backend.KEPT.values()):
+            kept = 1 + floats * 7 if classes > cuda_backend.KEPT_CLASSES else int(mean)
+            assert library.kept_of(ctypes.c_int64(7), ctypes.c_int64(classes), mean, floats) == kept
 
 
 def test_the_headers_know_no_torch() -> None:

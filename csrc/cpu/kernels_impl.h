@@ -10,8 +10,6 @@ namespace {
 
 // A loop over logits: one copy of it in the object code.
 #define FSL_LOOP __attribute__((noinline))
-// Unrolling these gains nothing and triples the time to compile.
-#define FSL_ROLLED _Pragma("GCC unroll 1")
 
 constexpr int kBlock = 64;
 

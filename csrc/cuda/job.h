@@ -11,7 +11,7 @@ namespace cuda {
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
 constexpr int kMaxRowDims = 4;  // after joining neighbours; a tensor with more is copied first
-constexpr int kSaved = 6;       // floats a row that the backward finds again, see careful.cuh
+constexpr int kSaved = 6;       // floats a row that the backward finds again, see careful.cuh; of a mixture one more
 
 // One operand over the rows; strides in bytes, 0 where it is a single value.
 struct Operand {
@@ -28,6 +28,8 @@ struct Job {
 
   Operand logits, gradient, target, sample_weight, upstream;  // data null where absent; T but for logits, gradient and target
   int64_t logits_step = 0, gradient_step = 0;                 // bytes between classes
+  bool mixed = false;                                         // two labels a row, each with a sample weight
+  int64_t target_step = 0, sample_weight_step = 0;            // bytes between the two
   bool wide_target = true;                                    // int64, else int32
   bool rescale = false;                                       // leave the gradient as it is where the one upstream gradient is 1
   bool rescale_rows = false;                                  // or of rows whose own is
@@ -59,14 +61,32 @@ struct Job {
 
 constexpr int kIgnored = -1, kOutside = -2;  // in place of a label
 
-template <class T>
-struct Row {
-  const char* logits;
-  char* gradient;
+// A mixture's second label, where it is another class than the first; a row of one label is compiled without it.
+template <bool kMixed>
+struct Second {
+  static constexpr int other = -1;
+};
+template <>
+struct Second<true> {
+  int other = -1;
+  bool counted[2];  // whose sample weights the row has
+};
+
+template <bool kMixed>
+struct Labels : Second<kMixed> {
   int label;  // a class, kIgnored or kOutside
-  T upstream;
 
   FSL_FN bool counts() const { return label != kIgnored; }
+  FSL_FN bool two() const { return this->other >= 0; }
+  FSL_FN bool has(int k) const { return k == label || (two() && k == this->other); }
+  FSL_FN int classes() const { return two() ? 2 : 1; }
+};
+
+template <class T, bool kMixed>
+struct Row : Labels<kMixed> {
+  const char* logits;
+  char* gradient;
+  T upstream;
 };
 
 // f(dimension, index): row r unfolded over the row dimensions, of which there mostly is one.
@@ -93,17 +113,44 @@ FSL_FN int label_at(const Job<T>& job, int64_t target) {
   return y == job.ignore_index ? kIgnored : uint64_t(y) >= uint64_t(job.classes) ? kOutside : int(y);
 }
 
-template <class T>
-FSL_FN int label_of(const Job<T>& job, int64_t r) {
+// Labels that are one class, or one of them ignored, are a row with one label; one out of range makes a row that is.
+template <bool kMixed, class T>
+FSL_FN Labels<kMixed> labels_at(const Job<T>& job, int64_t target) {
+  Labels<kMixed> row;
+  row.label = label_at(job, target);
+  if constexpr (kMixed) {
+    const int second = label_at(job, target + job.target_step);
+    row.counted[0] = row.counts(), row.counted[1] = second != kIgnored;
+    if (!row.counts() || second == kOutside) {
+      row.label = second;
+    } else if (row.label >= 0 && second >= 0 && second != row.label) {
+      row.other = second;
+    }
+  }
+  return row;
+}
+
+template <bool kMixed, class T>
+FSL_FN Labels<kMixed> labels_of(const Job<T>& job, int64_t r) {
   int64_t target = 0;
   unfold(job, r, [&](int d, int64_t i) { target += i * job.target.stride[d]; });
-  return label_at(job, target);
+  return labels_at<kMixed>(job, target);
+}
+
+// What row r has of its labels, where a kernel before has kept them.
+template <bool kMixed, class T>
+FSL_FN bool kept_labels(const Job<T>& job, int64_t r, Row<T, kMixed>& row) {
+  if (kMixed || !job.labels) return false;
+  row.label = job.labels[r];
+  return true;
 }
 
 // A row with its logits at `line`, which are to become its gradient.
-template <class T>
-FSL_FN Row<T> locate(const Job<T>& job, int64_t r, char* line) {
-  Row<T> row = {line, line, job.labels ? job.labels[r] : label_of(job, r), T(1)};
+template <bool kMixed, class T>
+FSL_FN Row<T, kMixed> locate(const Job<T>& job, int64_t r, char* line) {
+  Row<T, kMixed> row;
+  row.logits = row.gradient = line, row.upstream = T(1);
+  if (!kept_labels(job, r, row)) static_cast<Labels<kMixed>&>(row) = labels_of<kMixed>(job, r);
   if (!job.upstream.data) return row;
   int64_t upstream = 0;
   unfold(job, r, [&](int d, int64_t i) { upstream += i * job.upstream.stride[d]; });
@@ -111,35 +158,50 @@ FSL_FN Row<T> locate(const Job<T>& job, int64_t r, char* line) {
   return row;
 }
 
-template <class T>
-FSL_FN Row<T> locate(const Job<T>& job, int64_t r) {
+template <bool kMixed, class T>
+FSL_FN Row<T, kMixed> locate(const Job<T>& job, int64_t r) {
   int64_t logits = 0, gradient = 0, target = 0, upstream = 0;
   unfold(job, r, [&](int d, int64_t i) {
     logits += i * job.logits.stride[d], gradient += i * job.gradient.stride[d], target += i * job.target.stride[d];
     upstream += i * job.upstream.stride[d];
   });
-  Row<T> row;
+  Row<T, kMixed> row;
   row.logits = job.logits.data + logits;
   row.gradient = job.gradient.data + gradient;
-  row.label = job.labels ? job.labels[r] : label_at(job, target);
+  if (!kept_labels(job, r, row)) static_cast<Labels<kMixed>&>(row) = labels_at<kMixed>(job, target);
   row.upstream = job.upstream.data ? *reinterpret_cast<const T*>(job.upstream.data + upstream) : T(1);
   return row;
 }
 
-// What a row counts for: by whoever finishes it.
-template <class T>
+// What a row counts for, by each of its labels: by whoever finishes it.
+template <class T, bool kMixed>
 struct Weights {
-  T of_class = T(1), of_row = T(1);
+  T of_class[2] = {T(1), T(1)}, of_sample[2] = {T(1), T(kMixed)};
 
-  FSL_FN Weights(const Job<T>& job, int64_t r, int label) {
-    if (!job.weighted) return;
-    if (job.class_weight && label >= 0) of_class = job.class_weight[label];
+  FSL_FN Weights(const Job<T>& job, int64_t r, const Labels<kMixed>& row) {
+    if (job.weighted) look_up(job, r, row);
+    if constexpr (kMixed) {
+      if (row.two()) return;
+      of_sample[0] = (row.counted[0] ? of_sample[0] : T(0)) + (row.counted[1] ? of_sample[1] : T(0));
+      of_sample[1] = T(0);
+    }
+  }
+  FSL_FN T of_row() const { return kMixed ? of_sample[0] + of_sample[1] : of_sample[0]; }
+  FSL_FN T share() const {  // of the mean's divisor
+    const T first = of_class[0] * of_sample[0];
+    return kMixed ? first + of_class[1] * of_sample[1] : first;
+  }
+
+ private:
+  FSL_FN void look_up(const Job<T>& job, int64_t r, const Labels<kMixed>& row) {
+    if (job.class_weight && row.label >= 0) of_class[0] = job.class_weight[row.label];
+    if (job.class_weight && row.two()) of_class[1] = job.class_weight[row.other];
     if (!job.sample_weight.data) return;
     int64_t at = 0;
     unfold(job, r, [&](int d, int64_t i) { at += i * job.sample_weight.stride[d]; });
-    of_row = *reinterpret_cast<const T*>(job.sample_weight.data + at);
+    of_sample[0] = *reinterpret_cast<const T*>(job.sample_weight.data + at);
+    if (kMixed) of_sample[1] = *reinterpret_cast<const T*>(job.sample_weight.data + at + job.sample_weight_step);
   }
-  FSL_FN T both() const { return of_class * of_row; }
 };
 
 }  // namespace cuda

@@ -9,89 +9,102 @@
 namespace fastsoftloss {
 namespace cuda {
 
-// The least of the compiled sets of moments that has all of `needs`.
-template <class F>
+// The least of the compiled sets of moments that has all of `needs`. For mixtures there are but two: an addition or two a
+// logit is no reason for a longer build.
+template <bool kMixed, class F>
 void with_needs(unsigned needs, F f) {
   constexpr unsigned kExponentials = kSquares | kEntropy;
-  if (needs == kBase) return f(std::integral_constant<unsigned, kBase>());
-  if (needs == kLogits) return f(std::integral_constant<unsigned, kLogits>());
-  if ((needs & ~kExponentials) == 0) return f(std::integral_constant<unsigned, kExponentials>());
+  if constexpr (!kMixed) {
+    if (needs == kBase) return f(std::integral_constant<unsigned, kBase>());
+    if (needs != 0 && (needs & ~kExponentials) == 0) return f(std::integral_constant<unsigned, kExponentials>());
+  }
+  if ((needs & kExponentials) == 0) return f(std::integral_constant<unsigned, kLogits>());
   f(std::integral_constant<unsigned, kLogits | kExponentials>());
 }
 
-template <Storage S, unsigned Needs, bool kStaged>
+template <Storage S, unsigned Needs, bool kStaged, bool kMixed>
 void launch_tile(const Job<float>& job, const Plan& p, cudaStream_t stream) {
-  const auto kernel = p.lanes == 1 ? tile<S, Needs, kStaged, true> : tile<S, Needs, kStaged, false>;
+  const auto kernel = p.lanes == 1 ? tile<S, Needs, kStaged, true, kMixed> : tile<S, Needs, kStaged, false, kMixed>;
   const int in_twos = kStaged && Memory<S>::kBytes == 2 && job.classes % 2 == 0;
   kernel<<<unsigned(p.blocks), p.threads, p.shared, stream>>>(job, p.lanes, p.tile_rows, in_twos);
 }
 
 // The kernel that takes rows from logits to losses, and to the gradient where the job has a place for it.
-template <Storage S, class T>
+template <Storage S, bool kMixed, class T>
 void launch_rows(const Job<T>& job, const Plan& p, cudaStream_t stream) {
   if constexpr (S != Storage::float64) {
     const unsigned needs = moments_of(job.options) & ~unsigned(kWeighted);
     switch (p.kernel) {
       case Kernel::tile_staged:
-        return with_needs(needs, [&](auto n) { launch_tile<S, n.value, true>(job, p, stream); });
+        return with_needs<kMixed>(needs, [&](auto n) { launch_tile<S, n.value, true, kMixed>(job, p, stream); });
       case Kernel::tile_direct:
-        return with_needs(needs, [&](auto n) { launch_tile<S, n.value, false>(job, p, stream); });
+        return with_needs<kMixed>(needs, [&](auto n) { launch_tile<S, n.value, false, kMixed>(job, p, stream); });
       case Kernel::resident:
-        return with_needs(needs, [&](auto n) {
+        return with_needs<kMixed>(needs, [&](auto n) {
           if (job.gradient.data) {
-            resident<S, n.value, true><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
+            resident<S, n.value, true, kMixed><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
           } else {
-            resident<S, n.value, false><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
+            resident<S, n.value, false, kMixed><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
           }
         });
       case Kernel::stream:
-        return with_needs(needs,
-                          [&](auto n) { reduce<S, n.value><<<dim3(unsigned(p.blocks), p.splits), p.threads, 0, stream>>>(job, p.lanes); });
+        return with_needs<kMixed>(
+            needs, [&](auto n) { reduce<S, n.value, kMixed><<<dim3(unsigned(p.blocks), p.splits), p.threads, 0, stream>>>(job, p.lanes); });
       default:
         break;
     }
   }
-  careful_rows<S><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
+  careful_rows<S, kMixed><<<unsigned(p.blocks), p.threads, 0, stream>>>(job, p.lanes);
 }
 
-template <Storage S, class T>
-cudaError_t forward(Job<T> job, const Plan& p, cudaStream_t stream) {
+template <Storage S, bool kMixed, class T>
+cudaError_t forward_of(Job<T> job, const Plan& p, cudaStream_t stream) {
   const bool reduced = job.partial != nullptr;
   if constexpr (S != Storage::float64) {
     if (p.splits > 1) {
       job.splits = p.splits;
       if (!reduced) job.counter = nullptr;
-      launch_rows<S>(job, p, stream);
-      merge_parts<S><<<unsigned(p.merge_blocks), 256, 0, stream>>>(job);
+      launch_rows<S, kMixed>(job, p, stream);
+      merge_parts<S, kMixed><<<unsigned(p.merge_blocks), 256, 0, stream>>>(job);
       return cudaGetLastError();
     }
   }
   if (reduced && job.mean && job.gradient.data) {
     // the divisor comes first, since every gradient wants it; then the last block to finish writes the total
     job.share_count = share_count(job.rows);
-    divisors<<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares), const_cast<int16_t*>(job.labels));
-    launch_rows<S>(job, p, stream);
+    divisors<kMixed><<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares), const_cast<int16_t*>(job.labels));
+    launch_rows<S, kMixed>(job, p, stream);
   } else {
     job.counter = nullptr, job.shares = nullptr, job.labels = nullptr;  // an empty gradient has no address either
-    launch_rows<S>(job, p, stream);
+    launch_rows<S, kMixed>(job, p, stream);
     if (reduced) total<<<1, 256, 0, stream>>>(job, int(p.blocks));
   }
   return cudaGetLastError();
 }
 
-template <Storage S, class T>
-cudaError_t backward(Job<T> job, const Plan& p, cudaStream_t stream) {
+template <Storage S, bool kMixed, class T>
+cudaError_t backward_of(Job<T> job, const Plan& p, cudaStream_t stream) {
   job.counter = nullptr, job.shares = nullptr;
   if constexpr (S != Storage::float64) {
     if (p.kernel == Kernel::stream) {
-      with_needs(moments_of(job.options),
-                 [&](auto n) { spread<S, n.value><<<dim3(unsigned(p.spread_blocks), p.spread_splits), p.threads, 0, stream>>>(job); });
+      with_needs<kMixed>(moments_of(job.options), [&](auto n) {
+        spread<S, n.value, kMixed><<<dim3(unsigned(p.spread_blocks), p.spread_splits), p.threads, 0, stream>>>(job);
+      });
       return cudaGetLastError();
     }
   }
   job.saved = nullptr;
-  launch_rows<S>(job, p, stream);
+  launch_rows<S, kMixed>(job, p, stream);
   return cudaGetLastError();
+}
+
+template <Storage S, class T>
+cudaError_t forward(Job<T> job, const Plan& p, cudaStream_t stream) {
+  return job.mixed ? forward_of<S, true>(job, p, stream) : forward_of<S, false>(job, p, stream);
+}
+template <Storage S, class T>
+cudaError_t backward(Job<T> job, const Plan& p, cudaStream_t stream) {
+  return job.mixed ? backward_of<S, true>(job, p, stream) : backward_of<S, false>(job, p, stream);
 }
 
 }  // namespace cuda

@@ -4,13 +4,15 @@
 namespace fastsoftloss {
 namespace cuda {
 
+template <bool kMixed>
 __global__ void outside(const __grid_constant__ Job<float> job, unsigned long long* first) {
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x)
-    if (label_of(job, r) == kOutside) atomicMin(first, static_cast<unsigned long long>(r));
+    if (labels_of<kMixed>(job, r).label == kOutside) atomicMin(first, static_cast<unsigned long long>(r));
 }
 
 cudaError_t find_outside(const Job<float>& job, unsigned long long* row, cudaStream_t stream) {
-  outside<<<unsigned(at_most(divide_up(job.rows, 256), 4096)), 256, 0, stream>>>(job, row);
+  const auto kernel = job.mixed ? outside<true> : outside<false>;
+  kernel<<<unsigned(at_most(divide_up(job.rows, 256), 4096)), 256, 0, stream>>>(job, row);
   return cudaGetLastError();
 }
 

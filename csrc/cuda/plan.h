@@ -22,6 +22,7 @@ struct Batch {
   bool side_by_side;  // neighbouring rows are neighbours in memory
   bool weighted;      // class weights under label smoothing
   bool fused;         // the gradient is wanted in the pass that gives the losses
+  bool mixed;         // two labels a row
 };
 
 struct Plan {
@@ -61,7 +62,7 @@ inline Plan plan(const Batch& b, int multiprocessors) {
   Plan p{};
   p.splits = 1;
   p.threads = 128;
-  const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2;
+  const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2 + b.mixed;  // some class is no label
   if (quick && b.packed && b.classes <= kTileClasses) {
     p.kernel = Kernel::tile_staged;
     p.lanes = power_of_two(divide_up(b.classes, 32), 1, 16);

@@ -9,7 +9,7 @@ namespace cuda {
 constexpr int kHeld = 64;            // logits a thread
 constexpr int kResidentBlock = 128;  // threads, where a row takes no more than a warp; else one row a block
 
-template <Storage S, unsigned Needs, bool kGradient>
+template <Storage S, unsigned Needs, bool kGradient, bool kMixed>
 __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<float> job, int lanes) {
   using M = Memory<S>;
   constexpr int V = M::kVector, N = kHeld / V, kSure = N / 2 - 1;
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
 
   const int64_t stride_of_rows = int64_t(gridDim.x) * group.count;
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += stride_of_rows) {
-    const Row<float> row = locate(job, r);
+    const Row<float, kMixed> row = locate<kMixed>(job, r);
     if (kGradient && settled(job, row)) continue;
 
     if (row.label < 0) {
@@ -51,22 +51,27 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
     float z_edge = 0;
     if (edge >= 0) z_edge = M::load(row.logits + edge * M::kBytes);
 
-    // the true class is overwritten with the logit beside it, whose second exponential is taken back out below
-    const int vector = span.vector(row.label);
-    const bool owner = vector >= 0 && ((vector + skip) & (lanes - 1)) == group.lane;
-    float twin = 0;
-    if (owner) {
-      const int held = (vector + skip) >> group.shift;
-      uint4 own;
+    // a label is overwritten with a logit beside it, whose second exponential is taken back out below
+    const auto take = [&](int label, int avoid, float& z, float& twin) {
+      const int vector = span.vector(label);
+      const bool owner = vector >= 0 && ((vector + skip) & (lanes - 1)) == group.lane;
+      if (owner) {
+        const int held = (vector + skip) >> group.shift;
+        uint4 own;
 #pragma unroll
-      for (int v = 0; v < N; ++v)
-        if (v == held) own = raw[v];
-      told.z_y = M::take(own, (row.label - span.head) % V, twin);
+        for (int v = 0; v < N; ++v)
+          if (v == held) own = raw[v];
+        z = span.take(own, label, avoid, twin);
 #pragma unroll
-      for (int v = 0; v < N; ++v)
-        if (v == held) raw[v] = own;
-    }
-    if (edge == row.label) told.z_y = z_edge;
+        for (int v = 0; v < N; ++v)
+          if (v == held) raw[v] = own;
+      }
+      if (edge == label) z = z_edge;
+      return owner;
+    };
+    float twin = 0, other_twin = 0;
+    const bool owns_other = row.two() && take(row.other, row.label, told.z[1], other_twin);
+    const bool owner = take(row.label, -1, told.z[0], twin);
 
     // reduce, about the mean of four logits that lane 1 has
     float z[V];
@@ -75,6 +80,10 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
     Sums<Needs> sums;
     if (owner) {
       const float y = at.y(twin);
+      sums.remove(y, exp2_approx(y));
+    }
+    if (owns_other) {
+      const float y = at.y(other_twin);
       sums.remove(y, exp2_approx(y));
     }
     float y[kHeld], e[kHeld];
@@ -89,7 +98,7 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
         }
       }
     }
-    if (edge >= 0 && edge != row.label) {
+    if (edge >= 0 && !row.has(edge)) {
       const float y_edge = at.y(z_edge);
       sums.add(y_edge, exp2_approx(y_edge));
     }
@@ -98,19 +107,20 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
 
     // finish
     if (group.lane == 0) {
-      const float n = float(job.classes - 1), inv_n = inverse(n);
+      const float n = float(job.classes - row.classes()), inv_n = inverse(n);
       told.way = Way::careful;
       if (sums.sound(inv_n, at, kMostMovable<Needs>)) {
         RowMoments<float> moments = sums.moments(n, inv_n, at);
         const Move move(moments);
-        const Weights<float> weights(job, r, row.label);
-        const RowLoss<float> out = finish(moments, told.z_y, weights.of_class, weights.of_row, 1.f, job.options);
-        const RowGradient<float> g = times(out.gradient, scale * row.upstream);
-        told.slope = Slope<Needs>(move.back(g), at), told.label = g.label;
+        const Weights<float, kMixed> weights(job, r, row);
+        const RowLoss<float> out = finish_row<Needs>(moments, row, told.z, weights, 1.f, job.options);
+        const RowGradient<float> g = times<kMixed>(out.gradient, scale * row.upstream);
+        told.slope = Slope<Needs>(move.back(g), at, kMixed), told.label = g.label;
+        if (kMixed) told.other = g.other;
         if (!kGradient || told.slope.exact) {
           told.way = alike<S>(row, job.gradient_step) ? Way::quick : Way::across;
-          tally.add(job, r, weights.both(), out);
-          if (job.saved) save(job, r, moments.m, out.gradient, false);
+          tally.add(job, r, weights.share(), out);
+          if (job.saved) save<kMixed>(job, r, moments.m, out.gradient, false);
         }
       }
     }
@@ -119,7 +129,7 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
       if (told.way == Way::careful) {
         careful_row<S>(job, group, r, row, M::kBytes, job.gradient_step, scale, kGradient, tally);
       } else {
-        spread_across<S>(group, row, job.gradient_step, 0, job.classes, at, told.slope, told.label);
+        spread_across<S>(group, row, job.gradient_step, 0, job.classes, at, told.slope, told.label, told.other);
       }
       continue;
     }
@@ -142,7 +152,9 @@ __global__ void __launch_bounds__(256, 1) resident(const __grid_constant__ Job<f
       const float y_edge = at.y(z_edge);
       M::store(row.gradient + edge * M::kBytes, slope(y_edge, exp2_approx(y_edge)));
     }
-    if (owner || edge == row.label) M::store(row.gradient + row.label * M::kBytes, told.label);  // over what this thread has just stored
+    // over what this thread has just stored
+    if (owner || edge == row.label) M::store(row.gradient + row.label * M::kBytes, told.label);
+    if (row.two() && (owns_other || edge == row.other)) M::store(row.gradient + row.other * M::kBytes, told.other);
   }
   tally.close(job);
 }

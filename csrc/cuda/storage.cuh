@@ -43,13 +43,14 @@ struct Memory<Storage::float32> {
   static FSL_DEVICE uint4 pack(const float (&z)[4]) {
     return make_uint4(__float_as_uint(z[0]), __float_as_uint(z[1]), __float_as_uint(z[2]), __float_as_uint(z[3]));
   }
-  // The logit at `place` of a vector, which is overwritten with the one beside it.
-  static FSL_DEVICE float take(uint4& v, int place, float& twin) {
-    const uint32_t own = word_of(v, place), other = word_of(v, place ^ 1);
+  // The logit at `place` of a vector, which is overwritten with the one at `from`, and with the one beside it.
+  static FSL_DEVICE float take(uint4& v, int place, int from, float& twin) {
+    const uint32_t own = word_of(v, place), other = word_of(v, from);
     set_word(v, place, other);
     twin = __uint_as_float(other);
     return __uint_as_float(own);
   }
+  static FSL_DEVICE float take(uint4& v, int place, float& twin) { return take(v, place, place ^ 1, twin); }
 };
 
 // The two 16-bit types, two to a word: the low half first.
@@ -57,7 +58,14 @@ template <class Half>
 struct Halves {
   using T = float;
   static constexpr int kBytes = 2, kVector = 8;
-  static FSL_DEVICE float take(uint4& v, int place, float& twin) {
+  static FSL_DEVICE float take(uint4& v, int place, int from, float& twin) {
+    const uint32_t word = word_of(v, place / 2), beside = word_of(v, from / 2);
+    const uint32_t own = place % 2 ? word >> 16 : word & 0xffff, other = from % 2 ? beside >> 16 : beside & 0xffff;
+    set_word(v, place / 2, place % 2 ? (word & 0xffff) | other << 16 : (word & 0xffff0000u) | other);
+    twin = Half::widen(other);
+    return Half::widen(own);
+  }
+  static FSL_DEVICE float take(uint4& v, int place, float& twin) {  // within a word
     const uint32_t word = word_of(v, place / 2);
     const bool high = place % 2;
     const uint32_t own = high ? word >> 16 : word & 0xffff, other = high ? word & 0xffff : word >> 16;
@@ -124,6 +132,12 @@ struct Span {
   FSL_DEVICE int vector(int k) const {
     const unsigned v = unsigned(k - head) / unsigned(V);
     return v < unsigned(vectors) ? int(v) : -1;
+  }
+  // The logit of class k, which vector v holds, overwritten with that of `twin`, another class of it that is not `avoid`.
+  FSL_DEVICE float take(uint4& v, int k, int avoid, float& twin) const {
+    const int place = (k - head) % V;
+    if (avoid >= 0 && ((avoid - head) ^ (k - head)) == 1) return M::take(v, place, place ^ 2, twin);
+    return M::take(v, place, twin);
   }
   // The class before or behind the vectors that falls to this lane, or -1; there are no more than two vectors of them.
   FSL_DEVICE int edge(int lane) const {

@@ -139,12 +139,13 @@ struct Slope {
   bool exact;  // a has not underflowed where a product of it with a large exponential would be seen
 
   Slope() = default;
-  FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at) {
+  FSL_DEVICE Slope(const RowGradient<float>& g, const Reference& at, bool mixed) {
     const float offset = at.offset(), f = at.series(-offset);
     a = g.a * f;
     if (Needs & kSquares) t = g.t * f * kLn2, a -= g.t * offset * f, b = g.b * f * f;
     if (Needs & kLogits) e1 = g.e1 * kLn2, e0 = g.e0 - g.e1 * offset;
-    exact = fabsf(a) > 1e-36f || fabsf(g.label) < 1e-35f;  // label: what cross-entropy gives all other classes together
+    // label, with a mixture's other: what cross-entropy gives all other classes together, or more
+    exact = fabsf(a) > 1e-36f || (fabsf(g.label) < 1e-35f && (!mixed || fabsf(g.other) < 1e-35f));
   }
   // What the group's first thread has, for all of it.
   FSL_DEVICE void share(const Group<float>& group) {
@@ -163,25 +164,26 @@ enum class Way : int { quick, across, careful };
 // What the threads of a row tell one another.
 template <unsigned Needs>
 struct Told {
-  float z_y;           // by whoever has it
+  float z[2];          // of the labels, by whoever has them
   Slope<Needs> slope;  // and the rest by the first, when it has finished
-  float label;
+  float label, other;
   Way way;
 };
 
 // Whether the gradient's row starts at the same place of its 16 bytes as the logits', which a fresh gradient mostly does.
-template <Storage S>
-FSL_DEVICE bool alike(const Row<float>& row, int64_t gradient_step) {
+template <Storage S, bool kMixed>
+FSL_DEVICE bool alike(const Row<float, kMixed>& row, int64_t gradient_step) {
   return gradient_step == Memory<S>::kBytes && (int(row.gradient - row.logits) & 15) == 0;
 }
 
 // A gradient that lies otherwise than its logits, a logit at a time.
-template <Storage S, unsigned Needs>
-FSL_DEVICE void spread_across(const Group<float>& group, const Row<float>& row, int64_t gradient_step, int begin, int end,
-                              const Reference& at, const Slope<Needs>& slope, float label) {
+template <Storage S, unsigned Needs, bool kMixed>
+FSL_DEVICE void spread_across(const Group<float>& group, const Row<float, kMixed>& row, int64_t gradient_step, int begin, int end,
+                              const Reference& at, const Slope<Needs>& slope, float label, float other) {
   for (int k = begin + group.lane; k < end; k += group.size) {
     const float y = at.y(Memory<S>::load(row.logits + int64_t(k) * Memory<S>::kBytes));
-    Memory<S>::store(row.gradient + k * gradient_step, k == row.label ? label : slope(y, exp2_approx(y)));
+    const float dz = row.two() && k == row.other ? other : slope(y, exp2_approx(y));
+    Memory<S>::store(row.gradient + k * gradient_step, k == row.label ? label : dz);
   }
 }
 

@@ -37,7 +37,7 @@ FSL_DEVICE void copy(char* to, const char* from, int bytes) {
 }
 
 // kAlone: a thread a row. in_twos: every row starts with a whole word, and so does every thread's share of it.
-template <Storage S, unsigned Needs, bool kStaged, bool kAlone>
+template <Storage S, unsigned Needs, bool kStaged, bool kAlone, bool kMixed>
 __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Job<float> job, int lanes, int tile_rows, int in_twos) {
   using M = Memory<S>;
   extern __shared__ uint4 stage[];
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
   const int line_bytes = classes * M::kBytes, rows_at_once = kTileBlock >> group.shift;
   if (settled(job)) return;
   Tally<float> tally{};
-  const float scale = gradient ? scale_of_all(job) : 1.f, n = float(classes - 1), inv_n = inverse(n);
+  const float scale = gradient ? scale_of_all(job) : 1.f;
 
   for (int64_t start = int64_t(blockIdx.x) * tile_rows; start < job.rows; start += int64_t(gridDim.x) * tile_rows) {
     const int64_t stop = min(start + tile_rows, job.rows);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
     }
     int64_t r = start + group.index;
     for (int at_byte = group.index * line_bytes; at_byte < bytes; at_byte += rows_at_once * line_bytes, r += rows_at_once) {
-      const Row<float> row = kStaged ? locate(job, r, staged + at_byte) : locate(job, r);
+      const Row<float, kMixed> row = kStaged ? locate<kMixed>(job, r, staged + at_byte) : locate<kMixed>(job, r);
       const int64_t step = kStaged ? M::kBytes : job.logits_step, to_step = kStaged ? M::kBytes : job.gradient_step;
       const char* const line = row.logits;
       if (row.label < 0) {
@@ -70,13 +70,18 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         continue;
       }
 
-      // about one logit of the complement, which also stands in for the true class
-      const int other = row.label == 0 ? 1 : 0;
-      const Reference at(M::load(line + other * step));
-      const float z_y = M::load(line + row.label * step);
+      // about one logit of the others, which also stands in for the labels
+      const int beside = !row.has(0) ? 0 : !row.has(1) ? 1 : 2;
+      const Reference at(M::load(line + beside * step));
+      float z[2];
+      load_labels<S>(row, step, z);
+      const auto put_in = [&](float first, float second) {
+        M::store(row.gradient + row.label * step, first);
+        if (row.two()) M::store(row.gradient + row.other * step, second);
+      };
       if (kStaged) {
         group.sync();
-        if (group.lane == 0) M::store(row.gradient + row.label * step, at.ref);
+        if (group.lane == 0) put_in(at.ref, at.ref);
         group.sync();
       }
       // this thread's classes: side by side where the tile is staged, else every so many, so that neighbours read neighbours
@@ -86,6 +91,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
       float y[kTileHeld], e[kTileHeld];
       Sums<Needs> sums;
       if (group.lane == 0) sums.start_without(at);
+      if (group.lane == 0 && row.two()) sums.remove(at.y(at.ref), exp2_approx(at.y(at.ref)));
       const char* const from = line + first * step;
       const auto take = [&](int j, float z) {
         y[j] = at.y(z), e[j] = exp2_approx(y[j]);
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         });
       } else {
         each<kTileHeld, 4>(count, [&](int j) {
-          const bool own = !kStaged && first + j * group.size == row.label;
+          const bool own = !kStaged && row.has(first + j * group.size);
           take(j, own ? at.ref : M::load(from + j * apart));
         });
       }
@@ -107,23 +113,30 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
 
       // finish: by the group's first thread
       Slope<Needs> slope;
-      float label = 0;
+      RowGradient<float> g;
       bool careful = true;
       if (group.lane == 0) {
-        const float y_own = at.y(z_y);
-        if (sums.sound(inv_n, at, kMostSum) & fabsf(y_own) < kMostApart) {
-          const Weights<float> weights(job, r, row.label);
-          const Reference about = at.rounded();
-          const RowLoss<float> out = finish(sums.moments(n, inv_n, about), sums.margin(y_own), z_y, weights.of_class, weights.of_row,
-                                            scale * row.upstream, job.options);
-          slope = Slope<Needs>(out.gradient, about), label = out.gradient.label;
+        const float n = float(classes - row.classes()), inv_n = inverse(n), y_own = at.y(z[0]);
+        if (sums.sound(inv_n, at, kMostSum) & (kMixed | fabsf(y_own) < kMostApart)) {
+          const Weights<float, kMixed> weights(job, r, row);
+          const float factor = scale * row.upstream;
+          const Reference about = kMixed ? at : at.rounded();  // a mixture's labels are compared with it
+          const RowMoments<float> moments = sums.moments(n, inv_n, about);
+          RowLoss<float> out;
+          if constexpr (kMixed) {
+            out = finish_row<Needs>(moments, row, z, weights, factor, job.options);
+          } else {
+            out = finish(moments, sums.margin(y_own), z[0], weights.of_class[0], weights.of_sample[0], factor, job.options);
+          }
+          g = out.gradient;
+          slope = Slope<Needs>(g, about, kMixed);
           careful = gradient && !slope.exact;
-          if (!careful) tally.add(job, r, weights.both(), out);
+          if (!careful) tally.add(job, r, weights.share(), out);
         }
       }
       careful = group.of_first(int(careful));
       if (careful) {
-        if (kStaged && group.lane == 0) M::store(row.gradient + row.label * step, z_y);
+        if (kStaged && group.lane == 0) put_in(z[0], z[1]);
         if (kStaged) group.sync();
         careful_row<S>(job, group, r, row, step, to_step, scale, gradient, tally);
         continue;
@@ -141,7 +154,8 @@ __global__ void __launch_bounds__(kTileBlock, 1) tile(const __grid_constant__ Jo
         each<kTileHeld, 4>(count, [&](int j) { M::store(to + j * to_apart, slope(y[j], e[j])); });
       }
       group.sync();
-      if (group.lane == 0) M::store(row.gradient + row.label * to_step, label);
+      if (group.lane == 0) M::store(row.gradient + row.label * to_step, g.label);
+      if (group.lane == 0 && row.two()) M::store(row.gradient + row.other * to_step, g.other);
     }
     if (kStaged && gradient) {
       __syncthreads();

@@ -56,14 +56,14 @@ __global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job,
 
 // What the mean divides by, where it has to be known before the first gradient is written: its terms. The labels are kept
 // where there is a place, so that they need not be read once more.
-template <class T>
+template <bool kMixed, class T>
 __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
   T sum[1] = {0};
 #pragma unroll 1  // the trip count would be a division
   for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
-    const int label = label_of(job, r);
-    if (labels) labels[r] = int16_t(label);
-    if (label != kIgnored) sum[0] += Weights<T>(job, r, label).both();
+    const Labels<kMixed> row = labels_of<kMixed>(job, r);
+    if (labels) labels[r] = int16_t(row.label);
+    if (row.counts()) sum[0] += Weights<T, kMixed>(job, r, row).share();
   }
   block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -124,8 +124,8 @@ FSL_DEVICE bool settled(const Job<T>& job) {
   return job.rescale && *job.one_upstream == T(1);
 }
 // And of one row.
-template <class T>
-FSL_DEVICE bool settled(const Job<T>& job, const Row<T>& row) {
+template <class T, bool kMixed>
+FSL_DEVICE bool settled(const Job<T>& job, const Row<T, kMixed>& row) {
   return job.rescale_rows && row.upstream == T(1);
 }
 
