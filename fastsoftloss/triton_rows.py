@@ -47,6 +47,8 @@ from fastsoftloss.triton_mixture import _finish_labels
 
 # beyond it the exponents of some e^x, and of their products in a gradient, would come near the ends of float32
 LIMIT = tl.constexpr(2.0**40)
+# of float32 logits; times log2(e) it is a number, which that of the lowest number, often a mask, is not
+LOWEST = tl.constexpr(-(2.0**127))
 FIELDS = tl.constexpr(4)  # of a saved row gradient, beside one for each class left out
 
 
@@ -148,6 +150,15 @@ def _x(z, base):
         return z - base
     else:
         return _fma(z, tl.full(z.shape, LOG2E, tl.float32), -base)
+
+
+@triton.jit
+def _raised(z):
+    """z as ``_careful`` has it: not so low that it would pass for -inf in the units of x."""
+    if z.dtype == tl.float64:
+        return z
+    else:
+        return tl.where(z == -float("inf"), z, tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -265,7 +276,7 @@ def _careful(
         c = p + i
         z = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (_is_any(c, out) == 0) & reads, other=-inf).to(DTYPE)
         top = tl.maximum(top, z)
-    row_top = _finite(tl.max(tl.max(top, 2), 1))
+    row_top = _raised(_finite(tl.max(tl.max(top, 2), 1)))
     row_base = _marked(_base(row_top), 1)
     row_middle = tl.zeros_like(row_top)
     if KIND == LOGIT_VARIANCE:  # what the base was rounded by: the mean of a flat row, exactly
@@ -278,7 +289,7 @@ def _careful(
         c = p + i
         others = (c < stop) & (_is_any(c, out) == 0) & reads
         x = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=others, other=-inf).to(DTYPE)
-        x = _x(x, base)
+        x = _x(_raised(x), base)
         e = _power(x)
         s1 += e
         if SMOOTH:
@@ -302,7 +313,7 @@ def _careful(
         for i in range(start, stop, L * V):
             c = p + i
             x = tl.load(z_ptr + at + c.to(tl.int64) * sc, mask=(c < stop) & (_is_any(c, out) == 0) & reads, other=-inf).to(DTYPE)
-            x = _x(x, base)
+            x = _x(_raised(x), base)
             x = tl.where(x != -inf, x - _of_rows(mean), 0.0)
             m2 += x * x
     return n, row_base, _row_sum(s1), _row_sum(s2), _row_sum(sx), mean, _row_sum(m2), _row_sum(sw), _row_sum(swx)
@@ -359,7 +370,9 @@ def _finish_rows(
     """``_finish_labels`` of moments in the units of x; what the gradient multiplies with x is in them again."""
     margins = ()
     for i in tl.static_range(len(labels)):
-        d, error = _margin(logits[i], base)
+        # a true class among nothing else that is not as low stands where they do
+        low = base <= LOWEST
+        d, error = _margin(tl.where(low, _raised(logits[i]), logits[i]), base)
         margins = margins + ((tl.where(n == 0.0, -float("inf") - logits[i], d), error),)  # NaN where nothing at all is left
     base = tl.where(n == 0.0, 0.0, _natural(base))
     moments = (n, inverse_n, s1, s2, _natural(sx), _natural(mean), _natural2(m2), sw, _natural(swx))
@@ -382,7 +395,7 @@ def _spread_any(
     w = None
     if SMOOTH and weight_ptr is not None:
         w = tl.load(weight_ptr + c, mask=inside, other=0.0)
-    x = _x(z, base)
+    x = _x(_raised(z), base)
     dz = _spread_holes(_spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH), x, w, a, ew, SMOOTH)
     tl.store(g_ptr + g_at, _place(dz, c, out, g_y).to(g_ptr.dtype.element_ty), mask=inside & writes)
 
@@ -695,7 +708,8 @@ def _merge(n, m, s1, s2, sx, mean, m2, sw, swx, KIND: tl.constexpr, SMOOTH: tl.c
     sum2, sumx, centre, squares, sumw, sumwx = nothing, nothing, nothing, nothing, nothing, nothing
     # a bare product would be contracted into the first exchange between lanes, and each lane would round it differently
     if KIND == KL:
-        sumx = tl.sum(tl.where(empty, 0.0, shrink * (sx + s1 * shift)), AXIS)
+        gone = empty | (shrink == 0.0)  # and s1 * shift may be beyond all numbers
+        sumx = tl.sum(tl.where(gone, 0.0, shrink * (sx + s1 * shift)), AXIS)
     if KIND == CHI2 or KIND == VARIANCE:
         sum2 = tl.sum(tl.where(empty, 0.0, s2 * (shrink * shrink)), AXIS)
     if KIND == LOGIT_VARIANCE or KIND == REVERSE_KL:
@@ -969,7 +983,8 @@ def spread_rows(
             x = _x(z, base)
             dz = _spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH)
             if holes:
-                dz = _spread_holes(dz, x, w, a, ew, SMOOTH)
+                x = _x(_raised(z), base)
+                dz = _spread_holes(_spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH), x, w, a, ew, SMOOTH)
             if tl.max(_is_any(tile + i, chunks_).to(tl.int32), 0) != 0:
                 dz = _place(dz, p, places_, g_y, (tile + i) * B)
             tl.store(
