@@ -162,6 +162,15 @@ def _raised(z):
 
 
 @triton.jit
+def _raised_labels(logits, base):
+    """Logits of the true classes beside others that are all as low as ``_raised`` has them."""
+    result = ()
+    for i in tl.static_range(len(logits)):
+        result = result + (tl.where(base <= LOWEST, _raised(logits[i]), logits[i]),)
+    return result
+
+
+@triton.jit
 def _power(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
@@ -370,9 +379,7 @@ def _finish_rows(
     """``_finish_labels`` of moments in the units of x; what the gradient multiplies with x is in them again."""
     margins = ()
     for i in tl.static_range(len(labels)):
-        # a true class among nothing else that is not as low stands where they do
-        low = base <= LOWEST
-        d, error = _margin(tl.where(low, _raised(logits[i]), logits[i]), base)
+        d, error = _margin(logits[i], base)
         margins = margins + ((tl.where(n == 0.0, -float("inf") - logits[i], d), error),)  # NaN where nothing at all is left
     base = tl.where(n == 0.0, 0.0, _natural(base))
     moments = (n, inverse_n, s1, s2, _natural(sx), _natural(mean), _natural2(m2), sw, _natural(swx))
@@ -395,7 +402,7 @@ def _spread_any(
     w = None
     if SMOOTH and weight_ptr is not None:
         w = tl.load(weight_ptr + c, mask=inside, other=0.0)
-    x = _x(_raised(z), base)
+    x = _x(z, base)
     dz = _spread_holes(_spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH), x, w, a, ew, SMOOTH)
     tl.store(g_ptr + g_at, _place(dz, c, out, g_y).to(g_ptr.dtype.element_ty), mask=inside & writes)
 
@@ -579,6 +586,7 @@ def resident_rows(
             if careful:
                 n, base, s1_, s2_, sx, mean, m2, sw, swx = _careful(z_ptr, weight_ptr, z_row, 1, out, live, 0, K, KIND, SMOOTH, L, V, DTYPE)
                 inverse_n = 1.0 / tl.maximum(n, 1.0)
+                logits = _raised_labels(logits, base)
             # ---- finish
             loss, ce, div, weight, a, q, e0, ew, g_y = _finish_rows(
                 n, inverse_n, base, s1_, s2_, sx, mean, m2, sw, swx, labels, there, logits, options, KIND, SMOOTH, Z_LOSS
@@ -894,7 +902,23 @@ def long_finish(
             SMOOTH,
         )
         loss, ce, div, weight, a, q, e0, ew, g_y = _finish_rows(
-            n, 1.0 / tl.maximum(n, 1.0), m, sum1, sum2, sumx, mean, m2, sw, swx, labels, left_out, logits, options, KIND, SMOOTH, Z_LOSS
+            n,
+            1.0 / tl.maximum(n, 1.0),
+            m,
+            sum1,
+            sum2,
+            sumx,
+            mean,
+            m2,
+            sw,
+            swx,
+            labels,
+            left_out,
+            _raised_labels(logits, m),
+            options,
+            KIND,
+            SMOOTH,
+            Z_LOSS,
         )
         _save(saved_ptr, row, rows, m, a, q, e0, g_y)
         if REDUCTION == NONE:
@@ -983,8 +1007,7 @@ def spread_rows(
             x = _x(z, base)
             dz = _spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH)
             if holes:
-                x = _x(_raised(z), base)
-                dz = _spread_holes(_spread(x, _power(x), w, a, q, e0, ew, KIND, SMOOTH), x, w, a, ew, SMOOTH)
+                dz = _spread_holes(dz, x, w, a, ew, SMOOTH)
             if tl.max(_is_any(tile + i, chunks_).to(tl.int32), 0) != 0:
                 dz = _place(dz, p, places_, g_y, (tile + i) * B)
             tl.store(
