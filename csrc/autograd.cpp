@@ -1,6 +1,7 @@
 // The autograd node of an eager call on the CPU: what _CrossEntropy in fastsoftloss/ops.py is in Python, where a call costs
 // more than the kernel at small batches. Torch's stable ABI has no autograd, so this file is built for one torch and one
 // Python, a module of its own that carries torch's version in its name; under any other the one in Python does the same.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -177,9 +178,10 @@ bool read_mixture(PyObject* from, Inputs& in) {
   return true;
 }
 
-bool read_target(PyObject* from, Inputs& in) {
+bool read_target(PyObject* from, bool packed, Inputs& in) {
   if (PyTuple_CheckExact(from)) return read_mixture(from, in);
-  return read_tensor(from, in.target) && !in.target.requires_grad();
+  if (!read_tensor(from, in.target) || in.target.requires_grad()) return false;
+  return packed || in.target.is_floating_point() || in.target.dim() < std::max<int64_t>(in.logits.dim(), 1);
 }
 
 // Options of fastsoftloss/ops.py.
@@ -192,21 +194,23 @@ bool read_options(PyObject* from, Options& to) {
 }
 
 const char kDoc[] =
-    "cross_entropy(logits, target, weight, sample_weight, options, parts)\n--\n\n"
+    "cross_entropy(logits, target, weight, sample_weight, options, parts, packed)\n--\n\n"
     "The loss, or (loss, parts), of plain CPU tensors as the operator fastsoftloss::cross_entropy takes them, or of a mixture,\n"
+    "which may come as reference.pack_mixture gives it where `packed` says so;\n"
     "differentiable by logits; None where something is not plain, which fastsoftloss.ops takes. RuntimeError where the operator refuses.";
 
 PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Inputs in;
-  if (count != 6 || !read_options(args[4], in.options)) {
-    PyErr_SetString(PyExc_TypeError, "cross_entropy takes logits, target, weight, sample_weight, a tuple of six options, and parts");
+  if (count != 7 || !read_options(args[4], in.options)) {
+    PyErr_SetString(PyExc_TypeError, "cross_entropy takes logits, target, weight, sample_weight, a tuple of six options, parts and packed");
     return nullptr;
   }
   if (PyErr_Occurred()) return nullptr;
-  const bool transformed = c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode);
+  const bool transformed = c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+                           at::impl::torch_function_mode_enabled();
   if (transformed || !read_tensor(args[0], in.logits) || !read_constant(args[2], in.weight) || !read_constant(args[3], in.sample_weight) ||
-      (PyTuple_CheckExact(args[1]) && in.sample_weight) || !read_target(args[1], in))
+      (PyTuple_CheckExact(args[1]) && in.sample_weight) || !read_target(args[1], args[6] == Py_True, in))
     Py_RETURN_NONE;
   const bool wants_parts = args[5] == Py_True;
   Tensor loss, parts;

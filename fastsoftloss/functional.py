@@ -295,7 +295,7 @@ def apply(
     """:func:`cross_entropy` with its options settled."""
     if backend is None and (quick := backends.quick) is not None and not torch.compiler.is_compiling():
         try:
-            result = quick(logits, target, weight, sample_weight, options, return_components)
+            result = quick(logits, target, weight, sample_weight, options, return_components, False)
         except RuntimeError:  # what does not fit is told below, in full
             result = None
         if result is not None:
@@ -317,6 +317,7 @@ def apply(
         or transformed
         or weighted
         or type(logits) is not Tensor
+        or target.dim() == logits.dim()  # type: ignore[union-attr]  # which the operator takes for a packed mixture
     ):
         _check_tensors(logits, target, weight, sample_weight)
     packed = target

@@ -316,7 +316,7 @@ def cross_entropy(
         loss, components, _, _ = operators.forward(logits, target, weight, sample_weight, *options, parts, False)
         return loss, components if parts else None
     if operators.eager is not None:
-        result = operators.eager(logits, target, weight, sample_weight, options, parts)
+        result = operators.eager(logits, target, weight, sample_weight, options, parts, True)
         if result is not None:
             return result if parts else (result, None)
     if logits.requires_grad and torch.is_grad_enabled():

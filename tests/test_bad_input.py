@@ -26,6 +26,8 @@ INF, NAN = torch.inf, torch.nan
         (dict(logits=torch.tensor(1.0), target=torch.tensor(0)), ValueError, "logits must have a class dimension"),
         (dict(target=TARGET[:2]), ValueError, r"target must have shape \(3,\) for logits of shape \(3, 5\), got \(2,\)"),
         (dict(target=TARGET[:, None]), ValueError, r"target must have shape \(3,\)"),
+        (dict(target=TARGET.expand(2, 3)), ValueError, r"target must have shape \(3,\)"),  # as a mixture is packed
+        (dict(target=TARGET.expand(2, 3), backend="cpu"), ValueError, r"target must have shape \(3,\)"),
         (dict(logits=LOGITS[0]), ValueError, r"target must have shape \(\) for logits of shape \(5,\)"),
         (dict(logits=torch.randn(3, 5, 2)), ValueError, r"target must have shape \(3, 2\)"),
         (dict(logits=LOGITS.long()), TypeError, "logits must be float32, float64, bfloat16 or float16, got torch.int64"),

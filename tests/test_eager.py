@@ -151,6 +151,19 @@ def test_what_is_not_plain_goes_the_long_way():
         torch.testing.assert_close(loss.as_subclass(Tensor), expected)
 
 
+def test_a_torch_function_mode_sees_the_operator():
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    z = torch.randn(3, 4, requires_grad=True)
+    with Mode():
+        functional.cross_entropy(z, torch.tensor([0, 1, 2]))
+    assert any("cross_entropy" in name for name in seen)
+
+
 def test_two_labels_for_logits_of_two_rows_are_no_index_target():
     """Packed as a mixture is, they have the shape of one."""
     z = torch.randn(2, 4, requires_grad=True)
