@@ -150,6 +150,7 @@ bool read_constant(PyObject* from, OptionalTensor& to) {
 bool read_share(PyObject* from, double& to) {
   if (!PyFloat_Check(from) && !PyLong_Check(from)) return false;
   to = PyFloat_AsDouble(from);
+  if (PyErr_Occurred()) PyErr_Clear();  // beyond every double, and so beyond 1: -1
   return 0 <= to && to <= 1;
 }
 
@@ -212,7 +213,7 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (transformed || !read_tensor(args[0], in.logits) || !read_constant(args[2], in.weight) || !read_constant(args[3], in.sample_weight) ||
       (PyTuple_CheckExact(args[1]) && in.sample_weight) || !read_target(args[1], args[6] == Py_True, in))
     Py_RETURN_NONE;
-  const bool wants_parts = args[5] == Py_True;
+  const bool wants_parts = PyObject_IsTrue(args[5]) == 1;
   Tensor loss, parts;
   {
     pybind11::gil_scoped_release no_gil;

@@ -57,6 +57,8 @@ def _settle(
             raise TypeError(f"{name} must be a number, got {value!r}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, got {ignore_index!r}")
     if not isinstance(reduction, str) or reduction not in _REDUCTION_INDEX:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, ops.REDUCTIONS))}, got {reduction!r}")
     if not isinstance(diversity, (str, type(None))) or diversity not in _DIVERSITY_INDEX:

@@ -151,6 +151,11 @@ def test_what_is_not_plain_goes_the_long_way():
         torch.testing.assert_close(loss.as_subclass(Tensor), expected)
 
 
+def test_components_are_asked_for_by_any_true_value():
+    for wanted in (True, 1, "yes"):
+        assert len(functional.cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 2]), return_components=wanted)) == 3  # type: ignore[call-overload]
+
+
 def test_a_torch_function_mode_sees_the_operator():
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
