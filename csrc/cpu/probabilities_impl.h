@@ -5,6 +5,7 @@
 // the extremes, stay out of the sums over the rest, their complements are merged from it, and every other class is left out
 // of the whole. The penalty's gradient is then that of one RowGradient, the expectation of all, less at class k what k's
 // own has no business giving it: a RowGradient covers the complement of k, and the expectation added it everywhere.
+// Of logit_variance all this is polynomial in a class's distance from the mean, and three sums over the labels give it.
 //
 // A step is a vector of the classes of one row, or, in a tile, one class of as many rows as there are lanes. U is the type of
 // what a row has one of: a number, or a vector of them.
@@ -23,16 +24,37 @@ template <class T, class U>
 struct ProbabilityRows {
   using V = Vec<T>;
   int64_t steps;
-  T *z, *u, *exps, *own;        // a vector a step, the last one of a row padded with classes that are not there
+  T *z, *u, *exps, *own, *v;    // a vector a step, the last one of a row padded with classes that are not there; v: u smoothed
   U weight, scale;              // of the row, NaN where NaN or +inf, or no class at all, make all of it NaN
-  U z_of[2], u_of[2], v_of[2];  // of the extremes, the largest and the smallest: logit, u, and u smoothed
+  U z_of[2], u_of[2], v_of[2];  // of the extremes, the largest and the smallest
 
-  ProbabilityRows(T* memory, int64_t steps)
+  static constexpr int kArrays = 5;
+  ProbabilityRows(T* memory, int64_t steps, const LossOptions& o)
       : steps(steps),
         z(memory),
         u(memory + steps * V::kLanes),
         exps(memory + 2 * steps * V::kLanes),
-        own(memory + 3 * steps * V::kLanes) {}  // own: what a class gets besides the RowGradient, first -v
+        own(memory + 3 * steps * V::kLanes),  // what a class gets of the penalty besides the RowGradient, where it is no polynomial
+        v(o.label_smoothing == 0 ? u : memory + 4 * steps * V::kLanes) {}
+
+  // u, read as the probabilities, becomes w t, and v what smoothing makes of it; weight(i): the class weights of a step.
+  template <class F>
+  FSL_FN void weigh(const Job<T>& job, F weight) {
+    const V keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
+    if (!job.class_weight && v == u) return;
+    for (int64_t i = 0; i < steps; ++i) {
+      const V w = job.class_weight ? weight(i) : V(1), ui = V::load(u + i * V::kLanes) * w;
+      ui.store(u + i * V::kLanes);
+      if (v != u) (keep * ui + even * w).store(v + i * V::kLanes);
+    }
+  }
+  // Class `at` of the arrays becomes one that is not there; below 0: none.
+  FSL_FN void take_out(int64_t at, T& z_at, T& u_at, T& v_at) {
+    z_at = -Limits<T>::infinity(), u_at = v_at = 0;
+    if (at < 0) return;
+    z_at = z[at], u_at = u[at], v_at = v[at];
+    z[at] = -Limits<T>::infinity(), u[at] = v[at] = 0;
+  }
 };
 
 // The sum of a step's lanes where they belong to one row.
@@ -89,11 +111,15 @@ FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& 
   };
   gather(row.logits, job.storage, job.logits_step, to.z);
   gather(row.probabilities, job.target_storage, job.target_step, to.u);
-  if (job.class_weight)
-    for (int64_t k = 0; k < job.classes; ++k) to.u[k] *= job.class_weight[k];
-  const T keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
-  for (int64_t k = 0; k < job.classes; ++k) to.own[k] = -(keep * to.u[k] + even * (job.class_weight ? job.class_weight[k] : T(1)));
-  for (int64_t k = job.classes; k < padded; ++k) to.z[k] = -Limits<T>::infinity(), to.u[k] = to.own[k] = 0;
+  for (int64_t k = job.classes; k < padded; ++k) to.z[k] = -Limits<T>::infinity(), to.u[k] = 0;
+  to.weigh(job, [&](int64_t i) {
+    const int64_t from = i * V::kLanes;
+    if (from + V::kLanes <= job.classes) return V::load(job.class_weight + from);
+    T tail[V::kLanes] = {};
+    memcpy(tail, job.class_weight + from, (job.classes - from) * sizeof(T));
+    return V::load(tail);
+  });
+  for (int64_t k = job.classes; k < padded; ++k) to.v[k] = 0;
 
   const Ends<T> found = ends<kBoth>(to.z, to.steps);
   const T top = maximum(found.most), bottom = -maximum(V(0) - found.least);
@@ -113,11 +139,7 @@ FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& 
     }
     if (extreme[1] == extreme[0]) extreme[1] = -1;
   }
-  for (int i = 0; i < 2; ++i) {
-    const int64_t k = extreme[i];
-    to.z_of[i] = k < 0 ? -Limits<T>::infinity() : to.z[k], to.u_of[i] = k < 0 ? T(0) : to.u[k], to.v_of[i] = k < 0 ? T(0) : -to.own[k];
-    if (k >= 0) to.z[k] = -Limits<T>::infinity(), to.u[k] = to.own[k] = 0;
-  }
+  for (int i = 0; i < 2; ++i) to.take_out(extreme[i], to.z_of[i], to.u_of[i], to.v_of[i]);
 }
 
 // The same for a tile.
@@ -129,33 +151,34 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
   tile.load(0, count, reinterpret_cast<T(*)[V::kLanes]>(to.z));
   tile.load(tile.probabilities, job.target_storage, job.target_step, 0, count, reinterpret_cast<T(*)[V::kLanes]>(to.u));
 
+  to.weigh(job, [&](int64_t k) { return V(job.class_weight[k]); });
+
   const Ends<T> found = ends<kBoth>(to.z, to.steps);
   const V none(-1), inf(Limits<T>::infinity());
   const auto bad = (V(0) < found.bad) | (found.most == inf) | (found.most == V(0) - inf);
   const V poison = select(bad, V(Limits<T>::quiet_NaN()), V(1));
   to.weight = V::load(tile.row_weight) * poison, to.scale = V::load(tile.scale) * to.weight;
+  if (sum(select(bad, V(1), V(0))) > 0)
+    for (int64_t i = 0; i < to.steps * V::kLanes; i += V::kLanes) select(bad, V(0), V::load(to.z + i)).store(to.z + i);
   extreme[0] = select(bad, V(0), found.first);
   extreme[1] = kBoth ? select(bad | (found.first == found.last), none, found.last) : none;
-  const T keep(1 - job.options.label_smoothing), even(job.options.label_smoothing / job.options.classes);
-  for (int i = 0; i < 2; ++i) to.z_of[i] = V(0) - inf, to.u_of[i] = to.v_of[i] = V(0);
-  for (int k = 0; k < count; ++k) {
-    const T weight = job.class_weight ? job.class_weight[k] : T(1);
-    V z = select(bad, V(0), V::load(to.z + k * V::kLanes)), u = V::load(to.u + k * V::kLanes) * V(weight);
-    V v = V(keep) * u + V(even * weight);
-    for (int i = 0; i < 2; ++i) {
-      const auto here = extreme[i] == V(T(k));
-      to.z_of[i] = select(here, z, to.z_of[i]), to.u_of[i] = select(here, u, to.u_of[i]), to.v_of[i] = select(here, v, to.v_of[i]);
-      z = select(here, V(0) - inf, z), u = select(here, V(0), u), v = select(here, V(0), v);
+  for (int i = 0; i < 2; ++i) {
+    T class_of[V::kLanes], z[V::kLanes], u[V::kLanes], v[V::kLanes];
+    extreme[i].store(class_of);
+    for (int lane = 0; lane < V::kLanes; ++lane) {
+      const int64_t k = int64_t(class_of[lane]);
+      to.take_out(k < 0 ? k : k * V::kLanes + lane, z[lane], u[lane], v[lane]);
     }
-    z.store(to.z + k * V::kLanes), u.store(to.u + k * V::kLanes), (V(0) - v).store(to.own + k * V::kLanes);
+    to.z_of[i] = V::load(z), to.u_of[i] = V::load(u), to.v_of[i] = V::load(v);
   }
 }
 
-// The moments of the rest, and the sums over the labels that cross-entropy wants.
+// The moments of the rest, and the sums over its labels that cross-entropy and logit_variance want.
 template <class U>
 struct Rest {
   RowMoments<U> moments;
-  U u, v, vx;  // sums of u, of v, and of v (m - z), where 0 log 0 is 0 and log 0 is -inf
+  U u, v, vx;               // sums of u, of v, and of v (m - z), where 0 log 0 is 0 and log 0 is -inf
+  U shift, there, ud, udd;  // about shift, an offset from m: sums of u, u d and u d^2 over the classes that are there
 };
 
 // next: the row or tile to come.
@@ -164,20 +187,29 @@ FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
   using V = Vec<T>;
   Accumulator<T, Needs> acc;
   for (int64_t i = 0; i < rows.steps; ++i) acc.look(V::load(rows.z + i * V::kLanes));
-  const U n = joined<U>(acc.n), m = largest<U>(acc.m), at = select(m == U(-Limits<T>::infinity()), U(0), m);
-  const U shift = Needs & kLogits ? joined<U>(acc.total) / max(n, U(1)) - at : U(0);
+  const U n = joined<U>(acc.n), m = largest<U>(acc.m), from = select(m == U(-Limits<T>::infinity()), U(0), m);
+  const U shift = Needs & kLogits ? joined<U>(acc.total) / max(n, U(1)) - from : U(0);
+  const V at(from);
   acc.shift = V(shift);
-  V u(0), v(0), vx(0);
+  V u(0), v(0), vx(0), there(0), ud(0), udd(0);
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
-    const V zi = V::load(rows.z + i), ui = V::load(rows.u + i), vi = V(0) - V::load(rows.own + i);
+    const V zi = V::load(rows.z + i), ui = V::load(rows.u + i), vi = V::load(rows.v + i), x = zi - at;
     __builtin_prefetch(next.logits + i * sizeof(T));
     __builtin_prefetch(next.probabilities + i * sizeof(T));
-    acc.add(zi, V(at), ui).store(rows.exps + i);
+    acc.add(zi, at, ui).store(rows.exps + i);
     u = u + ui;
     v = v + vi;
-    vx = vx + select(vi == V(0), V(0), vi * (V(at) - zi));
+    vx = vx - select(vi == V(0), V(0), vi * x);
+    if (Needs & kLogits) {
+      const auto masked = zi == V(-Limits<T>::infinity());
+      const V d = select(masked, V(0), x - acc.shift), weight = select(masked, V(0), ui), first = weight * d;
+      there = there + weight;
+      ud = ud + first;
+      udd = udd + first * d;
+    }
   }
-  return {moments<Needs>(acc, n, m, shift, [](V lanes) { return joined<U>(lanes); }), joined<U>(u), joined<U>(v), joined<U>(vx)};
+  const auto join = [](V lanes) { return joined<U>(lanes); };
+  return {moments<Needs>(acc, n, m, shift, join), join(u), join(v), join(vx), shift, join(there), join(ud), join(udd)};
 }
 
 // The moments of all classes, about their largest, less one of them that is no extreme.
@@ -198,22 +230,45 @@ FSL_FN RowMoments<V> without(const RowMoments<U>& all, V x, V e) {
   return r;
 }
 
-// The penalty expected over the labels that are no extremes: its value, and the RowGradient about all.m. What a class must
-// not get of it goes to `own`. By value, and the penalty known: whatever no class changes is computed once.
+// What class k gets of the penalty besides the RowGradient is -u_k times `pull` (x_k - centre), x from the rest's m; or it is in `own`.
+template <class U>
+struct Own {
+  U pull{0}, centre{0};
+};
+FSL_FN bool kept(const LossOptions& o) { return o.diversity != Diversity::none && o.diversity != Diversity::logit_variance; }
+
+// The penalty expected over the labels that are no extremes: its value, and the RowGradient about all.m.
+template <class U>
+FSL_FN Penalty<U> expected_variance(const LossOptions& o, const Rest<U>& rest, const RowMoments<U>& all, U step, Own<U>& own) {
+  const U one(1), left = max(all.n - one, one), inv = one / left, stretch = all.n * inv, off = all.mean - (rest.shift + step);
+  const U ud = rest.ud - off * rest.there, udd = rest.udd - off * (rest.ud + ud);  // about the mean of all
+  const U weight = select(left > one, U(2 * o.diversity_weight) * inv, U(0));      // one class has no spread
+  Penalty<U> out;
+  out.value = select(left > one, (all.m2 * rest.there - stretch * udd) * inv, U(0));
+  if (o.diversity_weight == 0) return out;
+  out.gradient.e1 = weight * rest.there;
+  out.gradient.e0 = weight * (ud * inv - rest.there * all.mean);
+  own.pull = weight * stretch, own.centre = rest.shift + off;
+  return out;
+}
+
+// The same where it is no polynomial. By value, and the penalty known: whatever no class changes is computed once.
 template <Diversity D, class T, class U>
 FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMoments<U> all, U rest_m) {
   using V = Vec<T>;
   constexpr unsigned kNeeds = moments_of(D);
-  constexpr bool kUsesA = D != Diversity::logit_variance;
   o.diversity = D;
   const U down = select(rest_m == U(-Limits<T>::infinity()), U(0), rest_m - all.m);
   const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), one(1), m(all.m), masked(-Limits<T>::infinity());
-  V value(0), a(0), b(0), t(0), e0(0), e1(0);
+  V value(0), a(0), b(0), t(0), e0(0);
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
-    uint64_t words[8], any = 0;
-    memcpy(words, rows.u + i, 64);
-    for (uint64_t word : words) any |= word;
-    if (!any) continue;  // labels are often few
+    typedef uint64_t Word __attribute__((may_alias));
+    uint64_t any = 0;  // read where they are: a copy of 64 bytes would be waited for
+    for (int word = 0; word < 8; ++word) any |= reinterpret_cast<const Word*>(rows.u + i)[word];
+    if (!any) {  // labels are often few
+      zero.store(rows.own + i);
+      continue;
+    }
     const V z = V::load(rows.z + i);
     const auto there = z > masked;
     const V u = select(there, V::load(rows.u + i), zero), x = select(there, z - m, zero);
@@ -224,34 +279,25 @@ FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMomen
     const Penalty<V> d = penalty_of(rest, y, one, o);
     const RowGradient<V>& g = d.gradient;
     value = value + u * d.value;
-    V here(0);
-    if (kUsesA) {
-      V factor = g.a;
-      a = a + u * g.a;
-      if (kNeeds & kSquares) b = b + u * g.b, factor = factor + g.b * e;
-      if (kNeeds & kEntropy) t = t + u * g.t, factor = factor + g.t * x;
-      here = e * factor;
-    }
-    if (kNeeds & kLogits) {
-      e0 = e0 + u * g.e0;
-      here = here + g.e0;
-      if (!kUsesA) e1 = e1 + u * g.e1, here = here + g.e1 * x;
-    }
+    V factor = g.a;
+    a = a + u * g.a;
+    if (kNeeds & kSquares) b = b + u * g.b, factor = factor + g.b * e;
+    if (kNeeds & kEntropy) t = t + u * g.t, factor = factor + g.t * x;
+    V here = e * factor;
+    if (kNeeds & kLogits) e0 = e0 + u * g.e0, here = here + g.e0;
     if (D == Diversity::variance) here = here - g.label;
-    (V::load(rows.own + i) - u * here).store(rows.own + i);
+    (u * here).store(rows.own + i);
   }
   Penalty<U> out;
   out.value = joined<U>(value);
   out.gradient.a = joined<U>(a), out.gradient.b = joined<U>(b), out.gradient.t = joined<U>(t);
-  out.gradient.e0 = joined<U>(e0), out.gradient.e1 = joined<U>(e1);
+  out.gradient.e0 = joined<U>(e0);
   return out;
 }
 
 template <class T, class U>
 FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& rows, const RowMoments<U>& all, U rest_m) {
   switch (o.diversity) {
-    case Diversity::logit_variance:
-      return expected<Diversity::logit_variance>(o, rows, all, rest_m);
     case Diversity::kl:
       return expected<Diversity::kl>(o, rows, all, rest_m);
     case Diversity::reverse_kl:
@@ -268,7 +314,7 @@ FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& ro
 // One copy in the object code, whatever moments there are; those that are not are 0. The gradient is about the rest's m, with the extremes'
 // own elements beside it: `label` the largest's, `other` the smallest's.
 template <class T, class U>
-FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest) {
+FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest, Own<U>& slopes) {
   const U zero(0), masked(-Limits<T>::infinity());
   const auto &r = rest.moments, high = alone(rows.z_of[0], zero), low = alone(rows.z_of[1], zero);
   const RowMoments<U> complement[2] = {merge<kAllMoments>(r, low), merge<kAllMoments>(r, high)};
@@ -289,7 +335,7 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
   U dz[2] = {own + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
   U penalty(0);
   if (o.diversity != Diversity::none) {
-    const Penalty<U> most = expected(o, rows, all, r.m);
+    const Penalty<U> most = kept(o) ? expected(o, rows, all, r.m) : expected_variance(o, rest, all, step, slopes);
     penalty = most.value;
     add(g, U(1), about(most.gradient, step));
     for (int i = 0; i < 2; ++i) {
@@ -314,24 +360,44 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
 }
 
 // spread: one step.
-template <unsigned Needs, class T, class U>
-FSL_FN Vec<T> slope_of(const ProbabilityRows<T, U>& rows, const RowGradient<Vec<T>>& g, Vec<T> m, Vec<T> scale, int64_t i) {
+template <unsigned Needs, class T>
+struct Spread {
   using V = Vec<T>;
-  const V z = V::load(rows.z + i);
-  return slope<Needs>(g, z, z - m, V::load(rows.exps + i), V(0)) + scale * V::load(rows.own + i);
-}
+  const T *z, *exps, *v, *u, *own;
+  RowGradient<V> gradient;
+  V m, scale, pull, centre;
+
+  template <class U>
+  Spread(const LossOptions& o, const ProbabilityRows<T, U>& rows, const RowGradient<V>& g, const RowMoments<U>& rest, const Own<U>& own)
+      : z(rows.z),
+        exps(rows.exps),
+        v(rows.v),
+        u(rows.u),
+        own(kept(o) ? rows.own : nullptr),
+        gradient(g),
+        m(rest.m),
+        scale(rows.scale),
+        pull(own.pull),
+        centre(own.centre) {}
+  FSL_FN V at(int64_t i) const {
+    const V zi = V::load(z + i), x = zi - m;
+    V less = V::load(v + i);
+    if (own) less = less + V::load(own + i);
+    if ((Needs & kLogits) && !own) less = less + select(zi == V(-Limits<T>::infinity()), V(0), pull * (V::load(u + i) * (x - centre)));
+    return slope<Needs>(gradient, zi, x, V::load(exps + i), V(0)) - scale * less;
+  }
+};
 
 // Where it belongs, or into `own` and from there.
 template <unsigned Needs, class T>
 FSL_LOOP void spread(const Job<T>& job, const Row<T>& at, const ProbabilityRows<T, T>& rows, const int64_t (&extreme)[2],
-                     const RowGradient<T>& g, T m) {
+                     const RowGradient<T>& g, const RowMoments<T>& rest, const Own<T>& own) {
   using V = Vec<T>;
-  const RowGradient<V> lanes = broadcast(g);
-  const V base(m), scale(rows.scale);
+  const Spread<Needs, T> spread(job.options, rows, broadcast(g), rest, own);
   const bool direct = holds<T>(job.storage) && job.gradient_step == int64_t(sizeof(T));
   T* const out = direct ? reinterpret_cast<T*>(at.gradient) : rows.own;
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
-    const V dz = slope_of<Needs>(rows, lanes, base, scale, i);
+    const V dz = spread.at(i);
     if (!direct || i + V::kLanes <= job.classes) {
       dz.store(out + i);
     } else {
@@ -349,11 +415,15 @@ FSL_LOOP void spread(const Job<T>& job, const Row<T>& at, const ProbabilityRows<
 
 template <unsigned Needs, class T>
 FSL_LOOP void spread(const Tile<T>& tile, const ProbabilityRows<T, Vec<T>>& rows, const Vec<T> (&extreme)[2], const RowGradient<Vec<T>>& g,
-                     Vec<T> m) {
+                     const RowMoments<Vec<T>>& rest, const Own<Vec<T>>& own) {
   using V = Vec<T>;
-  for (int64_t k = 0; k < rows.steps; ++k) {
-    const V at = V(T(k)), dz = slope_of<Needs>(rows, g, m, rows.scale, k * V::kLanes);
-    select(extreme[0] == at, g.label, select(extreme[1] == at, g.other, dz)).store(rows.own + k * V::kLanes);
+  const Spread<Needs, T> spread(tile.job.options, rows, g, rest, own);
+  for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) spread.at(i).store(rows.own + i);
+  for (int i = 0; i < 2; ++i) {
+    T class_of[V::kLanes], dz[V::kLanes];
+    extreme[i].store(class_of), (i ? g.other : g.label).store(dz);
+    for (int lane = 0; lane < V::kLanes; ++lane)
+      if (class_of[lane] >= 0) rows.own[int64_t(class_of[lane]) * V::kLanes + lane] = dz[lane];
   }
   tile.store(0, int(rows.steps), reinterpret_cast<const T(*)[V::kLanes]>(rows.own));
 }
@@ -365,29 +435,31 @@ void probabilities(const Job<T>& job, int64_t begin, int64_t end, LossSums<T>* s
   constexpr bool kBoth = (Needs & kLogits) != 0;
   const bool tiles = job.classes <= kTileClasses;
   const int64_t steps = tiles ? job.classes : (job.classes + kLanes - 1) / kLanes;
-  T* const memory = new T[4 * steps * kLanes];
+  T* const memory = new T[ProbabilityRows<T, T>::kArrays * steps * kLanes];
   const int64_t stride = tiles ? kLanes : 1;
   Walk<T> walk(job, begin);
   for (int64_t r = begin; r < end; r += stride) {
     const Row<T> next = locate(job, r + stride < end ? r + stride : r);
     if (tiles) {
       const Tile<T> tile(walk, end - r);
-      ProbabilityRows<T, V> rows(memory, steps);
+      ProbabilityRows<T, V> rows(memory, steps, job.options);
       V extreme[2];
       read<kBoth>(tile, rows, extreme);
       const auto rest = reduce<Needs>(rows, next);
-      const RowLoss<V> loss = finish(job.options, rows, rest);
+      Own<V> own;
+      const RowLoss<V> loss = finish(job.options, rows, rest, own);
       tile.record(r, loss.loss, loss.cross_entropy, loss.diversity, sums);
-      if (job.gradient) spread<Needs>(tile, rows, extreme, loss.gradient, rest.moments.m);
+      if (job.gradient) spread<Needs>(tile, rows, extreme, loss.gradient, rest.moments, own);
     } else {
       const Row<T> row = locate(job, r);
-      ProbabilityRows<T, T> rows(memory, steps);
+      ProbabilityRows<T, T> rows(memory, steps, job.options);
       int64_t extreme[2];
       read<kBoth>(job, row, rows, extreme);
       const auto rest = reduce<Needs>(rows, next);
-      const RowLoss<T> loss = finish(job.options, rows, rest);
+      Own<T> own;
+      const RowLoss<T> loss = finish(job.options, rows, rest, own);
       record(job, r, loss, sums);
-      if (job.gradient) spread<Needs>(job, row, rows, extreme, loss.gradient, rest.moments.m);
+      if (job.gradient) spread<Needs>(job, row, rows, extreme, loss.gradient, rest.moments, own);
     }
   }
   delete[] memory;

@@ -257,11 +257,17 @@ struct Columns {
 #endif
 #endif
   }
+  // Quarter by quarter in the compiler's own words: of indices it makes one scalar move each.
   FSL_FN static void scatter(V v, float* const* row, int64_t k) {
-    for (int g = 0; g < kWidth / 4; ++g) {
-      const Four part = {v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]};
-      *reinterpret_cast<FourAnywhere*>(row[4 * g] + k) = part;
-    }
+    const auto to = [&](Four part, int i) { *reinterpret_cast<FourAnywhere*>(row[i] + k) = part; };
+    to(__builtin_shufflevector(v, v, 0, 1, 2, 3), 0);
+#if FSL_BYTES >= 32
+    to(__builtin_shufflevector(v, v, 4, 5, 6, 7), 4);
+#endif
+#if FSL_BYTES == 64
+    to(__builtin_shufflevector(v, v, 8, 9, 10, 11), 8);
+    to(__builtin_shufflevector(v, v, 12, 13, 14, 15), 12);
+#endif
   }
 
   FSL_FN static void load(const float* const* row, int64_t k, float (*z)[16]) {
