@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace {
@@ -171,11 +172,23 @@ bool read_mixture(PyObject* from, Inputs& in) {
   if (mix && (mix->scalar_type() != type || (mix->dim() > 0 && mix->sizes() != rows))) return false;
 
   at::AutoDispatchBelowAutograd below;
-  in.target = at::stack({*first, *second});
-  at::DimVector alike(in.target.dim(), 1);  // one value for all rows
-  alike[0] = 2;
-  Tensor weights = mix ? at::stack({*mix, at::rsub(*mix, 1)}) : at::tensor({share, 1 - share}, in.logits.options().dtype(type));
-  in.sample_weight = (mix && mix->dim() > 0 ? weights : weights.view(alike)).expand(in.target.sizes());
+  at::DimVector both{2}, steps{1};  // of one value for all rows
+  both.append(rows.begin(), rows.end()), steps.append(rows.size(), 0);
+  in.target = at::empty(both, first->options());
+  const int64_t bytes = first->nbytes();
+  for (int i = 0; i < 2; ++i) {
+    const Tensor& label = i ? *second : *first;
+    if (label.is_contiguous())
+      std::copy_n(static_cast<const char*>(label.const_data_ptr()), bytes, static_cast<char*>(in.target.mutable_data_ptr()) + i * bytes);
+    else
+      in.target.select(0, i).copy_(label);
+  }
+  if (mix && mix->dim() > 0) {
+    in.sample_weight = at::stack({*mix, at::rsub(*mix, 1)});
+  } else {
+    const Tensor weights = mix ? at::stack({*mix, at::rsub(*mix, 1)}) : at::tensor({share, 1 - share}, in.logits.options().dtype(type));
+    in.sample_weight = weights.as_strided(both, steps);
+  }
   return true;
 }
 

@@ -1,6 +1,6 @@
 // Dual numbers: a value and its derivative along a direction v. What finish makes of them is a gradient and its derivative.
 //
-// A logit is {z_j, v_j}. The loops take moments about an m that stays where it is, with a tangent of 0, so that x_j's is v_j; alone()
+// A logit is {z_j, v_j}. The loops take moments about an m that stays where it is, with a tangent of 0, so that x_j's is v_j; with()
 // gives one that moves with its class, and merge and margin take both.
 // A penalty is written once, in row_loss.h: nothing here knows of it. T is float or double, or a vector of them.
 #pragma once

@@ -38,22 +38,20 @@ FSL_FN void add(RowGradient<T>& g, T factor, const RowGradient<T>& h) {
   g.masked = g.masked + factor * h.masked, g.label = g.label + factor * h.label, g.other = g.other + factor * h.other;
 }
 
-// The same gradient about another m, lower by -down: e = e' exp(down) and x = x' + down.
+// The same gradient about another m, lower by -down: e = e' e_down, the exp of it, and x = x' + down.
 template <class T>
-FSL_FN RowGradient<T> about(RowGradient<T> g, T down) {
-  const T step = max(down, T(-1000)), f = exp(step);  // exp is 0 there, and 0 * -inf must not appear
-  g.a = f * (g.a + g.t * step);
-  g.b = f * f * g.b;
-  g.t = f * g.t;
+FSL_FN RowGradient<T> about(RowGradient<T> g, T down, T e_down) {
+  g.a = e_down * (g.a + g.t * max(down, T(-1000)));  // e_down is 0 there, and 0 * -inf must not appear
+  g.b = e_down * e_down * g.b;
+  g.t = e_down * g.t;
   g.e0 = g.e0 + g.e1 * down;
   return g;
 }
 
-// What the gradient gives one class of the complement, x from m.
+// What the gradient gives one class of the complement, or one masked with z = -inf.
 template <class T>
-FSL_FN T slope_at(const RowGradient<T>& g, T x, T w) {
-  const T e = exp(x);
-  return select(x == T(-Limits<T>::infinity()), g.masked, e * (g.a + g.b * e + g.t * x) + (g.e0 + g.e1 * x)) + g.ew * w;
+FSL_FN T slope_at(const RowGradient<T>& g, T z, T x, T e, T w) {
+  return select(z == T(-Limits<T>::infinity()), g.masked, e * (g.a + g.b * e + g.t * x) + (g.e0 + g.e1 * x)) + g.ew * w;
 }
 
 template <class T>
@@ -243,12 +241,12 @@ struct MixturePart {
 template <unsigned Needs, class T, class Real>
 FSL_FN MixturePart<T> finish_part(const RowMoments<T>& rest, T z_y, T z_other, T class_weight, T other_class_weight, T row_weight, T scale,
                                   const Options<Real>& o, bool two = true) {
-  RowMoments<T> complement = rest;
-  if (two) complement = merge<Needs>(rest, alone(z_other, other_class_weight));
-  MixturePart<T> part = {finish(complement, z_y, class_weight, row_weight, scale, o), T(0)};
+  if (!two) z_other = T(-Limits<T>::infinity());
+  const With<T> complement = with<Needs>(rest, z_other, other_class_weight);
+  MixturePart<T> part = {finish(complement.all, z_y, class_weight, row_weight, scale, o), T(0)};
   RowGradient<T>& g = part.of.gradient;
-  part.other = slope_at(g, z_other - complement.m, other_class_weight);
-  g = about(g, select(rest.n > T(0), rest.m - complement.m, T(0)));
+  part.other = slope_at(g, z_other, complement.x, complement.e, other_class_weight);
+  g = about(g, complement.down, complement.e_down);
   return part;
 }
 

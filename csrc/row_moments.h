@@ -32,18 +32,6 @@ struct RowMoments {
   T swx = T(0);                     // sum of w x
 };
 
-// The moments of one class, w its class weight. A masked one is not there; NaN and +inf end up in s1.
-template <class T>
-FSL_FN RowMoments<T> alone(T z, T w) {
-  const auto masked = z == T(-Limits<T>::infinity());
-  RowMoments<T> r;
-  r.n = select(masked, T(0), T(1));
-  r.m = z;
-  r.s1 = r.s2 = select(masked, T(0), exp(z - z));
-  r.sw = select(masked, T(0), w);
-  return r;
-}
-
 // Associative up to rounding; a part without classes is the neutral element.
 template <unsigned Needs, class T>
 FSL_FN RowMoments<T> merge(const RowMoments<T>& a, const RowMoments<T>& b) {
@@ -67,6 +55,43 @@ FSL_FN RowMoments<T> merge(const RowMoments<T>& a, const RowMoments<T>& b) {
   if (Needs & kWeighted) {
     r.sw = a.sw + b.sw;
     r.swx = (a.swx + da * a.sw) + (b.swx + db * b.sw);
+  }
+  return r;
+}
+
+// A part of a row and one class besides, z its logit and w its class weight: what merge() gives, at the price of one exp.
+template <class T>
+struct With {
+  RowMoments<T> all;
+  T down, e_down;  // from the part's m to that of all, and exp of it
+  T x, e;          // the class's, from the m of all; masked, it is not there, and e is 0
+};
+
+template <unsigned Needs, class T>
+FSL_FN With<T> with(const RowMoments<T>& part, T z, T w) {
+  const T zero(0), one(1);
+  const auto masked = z == T(-Limits<T>::infinity());
+  With<T> r;
+  RowMoments<T>& all = r.all;
+  const T there = select(masked, zero, one);
+  all.n = part.n + there;
+  all.m = max(part.m, z);
+  r.down = select(part.n > zero, part.m - all.m, zero), r.x = select(masked, zero, z - all.m);
+  // one of the two is 0; NaN and +inf end up in s1
+  const auto above = r.down < zero;
+  const T e = exp(max(r.down + r.x, T(-1000)));  // exp is 0 there, and 0 * -inf must not appear
+  r.e_down = select(above, e, one), r.e = there * select(above, one, e);
+  all.s1 = part.s1 * r.e_down + r.e;
+  if (Needs & kSquares) all.s2 = part.s2 * (r.e_down * r.e_down) + r.e * r.e;
+  if (Needs & kEntropy) all.sx = (part.sx + max(r.down, T(-1000)) * part.s1) * r.e_down + max(r.x, T(-1000)) * r.e;
+  if (Needs & kLogits) {
+    const T from = part.mean + r.down, step = r.x - from, share = there / max(all.n, one);
+    all.mean = from + step * share;
+    all.m2 = part.m2 + step * step * (part.n * share);
+  }
+  if (Needs & kWeighted) {
+    all.sw = part.sw + there * w;
+    all.swx = (part.swx + r.down * part.sw) + r.x * w;
   }
   return r;
 }

@@ -31,6 +31,13 @@ RowMoments<T> merged(const RowMoments<T>& a, const RowMoments<T>& b) {
   return merge<kAllMoments>(a, b);
 }
 
+// The part with one class more; then what lies between its m and the new one, and the class's x and e.
+template <class T>
+py::tuple with_class(const RowMoments<T>& part, T z, T w) {
+  const With<T> r = with<kAllMoments>(part, z, w);
+  return py::make_tuple(r.all, r.down, r.e_down, r.x, r.e);
+}
+
 // Loss, cross-entropy, diversity; then the gradient over all classes, as spread makes it.
 template <class T>
 py::tuple row_loss(const RowMoments<T>& r, const Array<T>& logits, int64_t y, T row_weight, T scale, int diversity, double diversity_weight,
@@ -69,6 +76,7 @@ void bind(py::module_& m, const char* name) {
       .def_readonly("swx", &RowMoments<T>::swx)
       .def_static("of", &moments<T>)
       .def("merge", &merged<T>)
+      .def("with_class", &with_class<T>)
       .def("loss", &row_loss<T>);
 }
 

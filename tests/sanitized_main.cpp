@@ -137,10 +137,11 @@ void check(const Kernels<T>* kernels, const char* isa, int64_t rows, int64_t cla
 static std::vector<double> gradient_of(const std::vector<double>& z, int64_t y, const LossOptions& o) {
   RowMoments<double> whole;
   for (int64_t j = 0; j < int64_t(z.size()); ++j)
-    if (j != y) whole = merge<kAllMoments>(whole, alone(z[j], 1.0));
+    if (j != y) whole = with<kAllMoments>(whole, z[j], 1.0).all;
   const RowGradient<double> g = finish(whole, z[y], 1.0, 1.0, 1.0, o).gradient;
   std::vector<double> dz;
-  for (int64_t j = 0; j < int64_t(z.size()); ++j) dz.push_back(j == y ? g.label : slope_at(g, z[j] - whole.m, 1.0));
+  for (int64_t j = 0; j < int64_t(z.size()); ++j)
+    dz.push_back(j == y ? g.label : slope_at(g, z[j], z[j] - whole.m, std::exp(z[j] - whole.m), 1.0));
   return dz;
 }
 

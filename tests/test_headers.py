@@ -6,7 +6,9 @@ and under the address and undefined-behaviour sanitizers the kernels of every in
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
 import os
 import platform
 import subprocess
@@ -103,6 +105,28 @@ def test_the_empty_part_is_neutral(headers):
         assert all(getattr(merged, name) == getattr(one, name) for name in FIELDS)
     both = headers.Float().merge(headers.Float())
     assert both.n == 0 and both.m == -np.inf and both.s1 == 0
+
+
+@settings(max_examples=200)
+@given(row=rows(), z=st.sampled_from([-math.inf, -300.0, -1.0, 0.0, 2.5, 300.0]), empty=st.booleans())
+def test_one_class_more_is_the_merge_with_it(headers, row, z, empty):
+    """Two operations a moment, some of them in another order, and an exp in both: RELATIVE covers each several times over."""
+    for kind, dtype in ((headers.Float, torch.float32), (headers.Double, torch.float64)):
+        part = kind() if empty else kind.of(*row)
+        last = kind.of(np.array([z]), np.array([0.5])) if z > -math.inf else kind()
+        whole, down, e_down, x, e = part.with_class(z, 0.5)
+        merged = part.merge(last)
+        for name in FIELDS:
+            true, terms = getattr(merged, name), abs(getattr(part, name)) + abs(getattr(last, name))
+            terms += abs(x) + abs(down) + (part.n * (abs(down) + abs(x) + abs(part.mean)) ** 2 if name == "m2" else 0.0)
+            terms += abs(down) * (part.sw + part.s1) if name in ("swx", "sx") else 0.0
+            assert abs(getattr(whole, name) - true) <= RELATIVE[dtype] * terms or getattr(whole, name) == true, name
+        near = functools.partial(pytest.approx, rel=RELATIVE[dtype], abs=1e-38)
+        assert down == near(part.m - whole.m if part.n else 0) and e_down == near(math.exp(down))
+        assert x == near(z - whole.m if z > -math.inf else 0) and e == near(math.exp(x) if z > -math.inf else 0)
+    bad = headers.Float.of(*row)
+    for z in (math.nan, math.inf):
+        assert math.isnan(bad.with_class(z, 1.0)[0].s1)
 
 
 @settings(max_examples=300)

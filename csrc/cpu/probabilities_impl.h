@@ -201,8 +201,8 @@ FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
     v = v + vi;
     vx = vx - select(vi == V(0), V(0), vi * x);
     if (Needs & kLogits) {
-      const auto masked = zi == V(-Limits<T>::infinity());
-      const V d = select(masked, V(0), x - acc.shift), weight = select(masked, V(0), ui), first = weight * d;
+      const auto present = zi > V(-Limits<T>::infinity());
+      const V d = select(present, x - acc.shift, V(0)), weight = select(present, ui, V(0)), first = weight * d;
       there = there + weight;
       ud = ud + first;
       udd = udd + first * d;
@@ -316,12 +316,14 @@ FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& ro
 template <class T, class U>
 FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest, Own<U>& slopes) {
   const U zero(0), masked(-Limits<T>::infinity());
-  const auto &r = rest.moments, high = alone(rows.z_of[0], zero), low = alone(rows.z_of[1], zero);
-  const RowMoments<U> complement[2] = {merge<kAllMoments>(r, low), merge<kAllMoments>(r, high)};
-  const RowMoments<U> all = merge<kAllMoments>(complement[0], high);
-  const Margin<U> top = margin(complement[0], rows.z_of[0]), bottom = margin(complement[1], rows.z_of[1]);
-  const auto some = r.n > zero, two = rows.z_of[1] > masked;
-  const U step = select(some, r.m - rows.z_of[0], zero), to_low = select(two, rows.z_of[0] - rows.z_of[1], zero);
+  const RowMoments<U>& r = rest.moments;
+  const With<U> complement[2] = {with<kAllMoments>(r, rows.z_of[1], zero), with<kAllMoments>(r, rows.z_of[0], zero)};
+  const With<U> whole = with<kAllMoments>(complement[0].all, rows.z_of[0], zero);
+  const RowMoments<U>& all = whole.all;
+  const Margin<U> top = margin(complement[0].all, rows.z_of[0]), bottom = margin(complement[1].all, rows.z_of[1]);
+  const auto two = rows.z_of[1] > masked;
+  const U step = select(r.n > zero, r.m - rows.z_of[0], zero), to_low = select(two, rows.z_of[0] - rows.z_of[1], zero);
+  const U e_step = exp(max(step, U(-1000)));
 
   const U v_others = rest.v + rows.v_of[1], v = v_others + rows.v_of[0], u = rest.u + rows.u_of[0] + rows.u_of[1];
   const U lse = rows.z_of[0] + top.ce, slope = U(T(2 * o.z_loss)) * u * lse;
@@ -329,7 +331,7 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
   const U ce = v * top.ce + (rest.vx - rest.v * step) + rows.v_of[1] * to_low;
 
   RowGradient<U> g;
-  g.a = (v + slope) * exp(max(step, U(-1000))) / all.s1;
+  g.a = (v + slope) * e_step / all.s1;
   // the largest's: whichever difference does not cancel
   const U own = select(top.s > U(T(0.5)), v * top.p - rows.v_of[0], v_others - v * top.s);
   U dz[2] = {own + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
@@ -337,15 +339,18 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
   if (o.diversity != Diversity::none) {
     const Penalty<U> most = kept(o) ? expected(o, rows, all, r.m) : expected_variance(o, rest, all, step, slopes);
     penalty = most.value;
-    add(g, U(1), about(most.gradient, step));
+    add(g, U(1), about(most.gradient, step, e_step));
+    dz[0] = dz[0] + slope_at(most.gradient, rows.z_of[0], whole.x, whole.e, zero);
+    dz[1] = dz[1] + slope_at(most.gradient, rows.z_of[1], zero - to_low, exp(zero - to_low), zero);
     for (int i = 0; i < 2; ++i) {
-      const Margin<U>& margin = i ? bottom : top;
-      const Penalty<U> d = penalty_of(complement[i], margin, U(1), o);
+      const With<U>& c = complement[i];
+      const Penalty<U> d = penalty_of(c.all, i ? bottom : top, U(1), o);
       penalty = penalty + rows.u_of[i] * d.value;
-      add(g, rows.u_of[i], about(d.gradient, select(some, r.m - complement[i].m, zero)));
-      dz[i] = dz[i] + rows.u_of[i] * d.gradient.label + slope_at(most.gradient, rows.z_of[i] - all.m, zero);
-      const U from = select(two, rows.z_of[1 - i] - complement[i].m, masked);  // no class has an empty complement but the only one
-      dz[1 - i] = dz[1 - i] + rows.u_of[i] * slope_at(d.gradient, from, zero);
+      add(g, rows.u_of[i], about(d.gradient, c.down, c.e_down));
+      dz[i] = dz[i] + rows.u_of[i] * d.gradient.label;
+      // without a smallest one it is none of a complement
+      const U other = select(two, rows.z_of[1 - i], masked);
+      dz[1 - i] = dz[1 - i] + rows.u_of[i] * slope_at(d.gradient, other, c.x, c.e, zero);
     }
   }
   g.label = dz[0], g.other = dz[1];

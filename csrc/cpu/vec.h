@@ -2,6 +2,10 @@
 // each. FSL_BYTES is the native width and FSL_ISA the name of the instruction set; a translation unit has one.
 #pragma once
 
+#if FSL_BYTES == 64
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -243,18 +247,15 @@ struct Columns {
   FSL_FN static Four four(const float* p) { return *reinterpret_cast<const FourAnywhere*>(p); }
   // the four classes from k on, of every fourth row from `row` on
   FSL_FN static V gather(const float* const* row, int64_t k) {
-#if FSL_BYTES == 16
+#if FSL_BYTES == 64  // an insertion from memory needs no shuffle, for which the compiler has no other word
+    __m512 all = _mm512_castps128_ps512(four(row[0] + k));
+    all = _mm512_insertf32x4(all, four(row[4] + k), 1);
+    all = _mm512_insertf32x4(all, four(row[8] + k), 2);
+    return _mm512_insertf32x4(all, four(row[12] + k), 3);
+#elif FSL_BYTES == 32
+    return __builtin_shufflevector(four(row[0] + k), four(row[4] + k), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
     return four(row[0] + k);
-#else
-    const Four a = four(row[0] + k), b = four(row[4] + k);
-    const auto ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
-#if FSL_BYTES == 32
-    return ab;
-#else
-    const Four c = four(row[8] + k), d = four(row[12] + k);
-    return __builtin_shufflevector(ab, __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-                                   14, 15);
-#endif
 #endif
   }
   // Quarter by quarter in the compiler's own words: of indices it makes one scalar move each.
