@@ -214,7 +214,7 @@ void check_hessians(const Kernels<T>& (*kernels_for)(unsigned), const char* isa,
       unsigned needs = moments_of(o);
       if (needs & (needs - 1)) needs |= kAllMoments & ~kWeighted;
       const Kernels<T>* kernels = kernels_for ? &kernels_for(needs) : nullptr;
-      for (int64_t classes : {1, 2, 3, 10, 127, 128, 129, 192, 300})  // tails of 0, 1 and more; two looks of a tile
+      for (int64_t classes : {1, 2, 3, 10, 255, 256, 257, 320, 400})  // tails of 0, 1 and more; two looks of a tile
         for (int columns = 0; columns < 4; ++columns)
           check_hessian(kernels, isa, classes == 10 ? 33 : 7, classes, storage, columns & 1, columns & 2, o.diversity, smoothing);
       if (d < 2) check_hessian(kernels, isa, 1, kPart + 1, storage, false, false, o.diversity, smoothing);
@@ -269,8 +269,8 @@ void check_soft(int64_t rows, int64_t classes, Diversity diversity) {
 
 template <class T>
 void check_all(const Kernels<T>& (*kernels_for)(unsigned), const char* isa, Storage storage, bool thorough) {
-  const int64_t tile[] = {1, 2, 10, 15, 16, 17, 127, 128, 129, 300};                       // with a class stride: two looks at 129
-  const int64_t row[] = {129, 191, 192, 193, 1000, 4095, 4096, 4097, 8192, kRowLimit<T>};  // tails of 1, 63, 0; part borders
+  const int64_t tile[] = {1, 2, 10, 15, 16, 17, 255, 256, 257, 400};                       // with a class stride: two looks at 257
+  const int64_t row[] = {257, 319, 320, 321, 1000, 4095, 4096, 4097, 8192, kRowLimit<T>};  // tails of 1, 63, 0; part borders
   const int64_t shared[] = {kRowLimit<T> + 1, 3 * kPart, 3 * kPart + 1};
   for (int d = 0; d <= int(Diversity::variance); ++d)
     for (int mode = 0; mode < 3; ++mode) {  // plain, smoothing, smoothing with class weights
@@ -308,10 +308,10 @@ void check_isa(const Kernels<float>& (*floats)(unsigned), const Kernels<double>&
 
 int main() {
   for (int d = 0; d <= int(Diversity::variance); ++d)
-    for (int64_t classes : {1, 2, 3, 15, 16, 17, 64, 128, 129, 192, 1000, int(kRowLimit<float>) + 1}) {
+    for (int64_t classes : {1, 2, 3, 15, 16, 17, 64, 256, 257, 320, 1000, int(kRowLimit<float>) + 1}) {
       if (classes > 1000 && d > 1) continue;
       check_soft<float>(classes > 1000 ? 1 : 19, classes, static_cast<Diversity>(d));
-      if (classes < 200) check_soft<double>(9, classes, static_cast<Diversity>(d));
+      if (classes < 400) check_soft<double>(9, classes, static_cast<Diversity>(d));
     }
   check_isa(nullptr, nullptr, instruction_set());
   check_isa(baseline::kernels<float>, baseline::kernels<double>, "baseline kernels");

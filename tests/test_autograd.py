@@ -16,7 +16,7 @@ from fastsoftloss import backends, functional, reference
 
 pytestmark = pytest.mark.usefixtures("node")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-CLASSES = [10, 129, 40000]  # tile kernel, row kernel, classes shared between threads
+CLASSES = [10, 257, 40000]  # tile kernel, row kernel, classes shared between threads
 KERNELS = [name for name in BACKENDS if name != "reference"]
 
 

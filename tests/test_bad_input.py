@@ -193,7 +193,7 @@ def theirs(logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 129, 4200, 40000])  # one-class complement, tiles, row, parts, shared rows
+@pytest.mark.parametrize("classes", [2, 3, 10, 257, 4200, 40000])  # one-class complement, tiles, row, parts, shared rows
 @pytest.mark.parametrize("diversity", DIVERSITIES)
 def test_nan_and_infinities_go_where_pytorch_lets_them(backend, classes, diversity):
     """In the true class (the last), in another, in all others, in all. PyTorch knows no penalty: where its loss is NaN so is

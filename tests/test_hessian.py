@@ -26,9 +26,9 @@ CLASSES = [
     2,  # no diversity
     3,
     10,  # tile kernel
-    128,  # the last of the tile kernel, where its classes fit one buffer
-    129,  # the first of the row kernel, with a tail of one class; with a class stride, the tile kernel in two looks
-    192,  # whole blocks of 64
+    256,  # the last of the tile kernel, where its classes fit one buffer
+    257,  # the first of the row kernel, with a tail of one class; with a class stride, the tile kernel in two looks
+    320,  # whole blocks of 64
     4096,  # one part, whose exps are kept
     4097,  # a second part of one class
 ]
@@ -126,7 +126,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("diversity", DIVERSITIES)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_every_option_dtype_and_size(classes, diversity, form, dtype):
-    rows = 19 if classes <= 128 else 3  # a tile and three rows
+    rows = 19 if classes <= 256 else 3  # a tile and three rows
     accumulated = reference.accumulation_dtype(dtype)
     for name, options in OPTIONS.items():
         if classes > 1000 and name == "rows":
@@ -146,7 +146,7 @@ def test_every_option_dtype_and_size(classes, diversity, form, dtype):
 
 
 @pytest.mark.parametrize("diversity", DIVERSITIES)
-@pytest.mark.parametrize("classes", [2, 3, 10, 129, 4097, 40000])  # no diversity, tiles, a row, two parts, many
+@pytest.mark.parametrize("classes", [2, 3, 10, 257, 4097, 40000])  # no diversity, tiles, a row, two parts, many
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_margin(classes, diversity, dtype):
     """H v is a product with 1 - p_y where the row is sure, and with p_y where it is wrong: neither may be a rounded difference."""
@@ -205,7 +205,7 @@ def test_any_layout_of_logits_direction_and_upstream(layout, direction, dtype):
         assert_second(logits, target, v, upstream, reduction="none", label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("classes", [10, 129])
+@pytest.mark.parametrize("classes", [10, 257])
 @pytest.mark.parametrize("diversity", DIVERSITIES)
 @pytest.mark.parametrize("form", ["index", "mixture"])
 def test_masked_classes(classes, diversity, form):
@@ -221,7 +221,7 @@ def test_masked_classes(classes, diversity, form):
     assert_second(logits, target, v, reduction="none", diversity=diversity)
 
 
-@pytest.mark.parametrize("classes", [10, 129])
+@pytest.mark.parametrize("classes", [10, 257])
 def test_a_poisoned_row_is_nan_and_no_other_is(classes):
     for bad in (torch.nan, torch.inf):
         logits, v = torch.randn(5, classes), torch.randn(5, classes)

@@ -25,10 +25,10 @@ CLASSES = [
     3,
     10,  # tile kernel, as MNIST has it
     16,
-    127,
-    128,  # the last of the tile kernel, where its classes fit one buffer
-    129,  # the first of the row kernel; with a class stride, the tile kernel in two looks
-    192,  # row kernel, whole blocks of 64
+    255,
+    256,  # the last of the tile kernel, where its classes fit one buffer
+    257,  # the first of the row kernel; with a class stride, the tile kernel in two looks
+    320,  # row kernel, whole blocks of 64
     1000,
     4096,  # one part
     4097,  # a second part of one class
@@ -161,7 +161,7 @@ def test_the_other_backends(case, backend):
     check(case, backend)
 
 
-@pytest.mark.parametrize("classes", [10, 128, 129, 5000, 40000])  # tile, tile, row, two parts, shared between threads
+@pytest.mark.parametrize("classes", [10, 256, 257, 5000, 40000])  # tile, tile, row, two parts, shared between threads
 @pytest.mark.parametrize("diversity", DIVERSITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_order_of_rows_is_nothing_and_that_of_classes_a_rounding(backend, classes, diversity, dtype):
@@ -199,7 +199,7 @@ def test_a_sample_weight_of_two_is_the_row_twice(backend):
     "shape",
     [
         (1000, 10),  # several blocks of tiles
-        (70, 129),  # a block of the row kernel is 127 rows
+        (70, 257),  # a block of the row kernel is 63 rows
         (300, 1000),
         (5, 40000),  # classes shared between threads
         (2, 140001),

@@ -53,7 +53,7 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, F& body) {
 // A block of rows has one sum, whichever thread works on it; a block of tiles holds whole tiles.
 int64_t rows_in_block(int64_t classes, bool by_row) {
   const int64_t rows = 16384 / std::max<int64_t>(classes, 1);
-  return by_row ? std::max<int64_t>(rows, 1) : std::clamp<int64_t>(rows, 1, 16) * 16;
+  return by_row ? std::max<int64_t>(rows, 1) : std::clamp<int64_t>(rows / 16, 1, 16) * 16;
 }
 
 template <class T>

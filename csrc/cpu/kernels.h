@@ -9,7 +9,7 @@ namespace fastsoftloss {
 constexpr int64_t kPart = 4096;
 
 // Up to here a tile of rows, whose lanes are rows, beats a row at a time.
-constexpr int64_t kTileClasses = 128;
+constexpr int64_t kTileClasses = 256;
 
 template <class T>
 FSL_FN bool by_row(const Job<T>& job) {
