@@ -52,8 +52,8 @@ struct Job {
   LossOptions options;
   T* row_losses[3] = {};  // (rows,) each or null: loss, cross-entropy, diversity
 
-  // Whether a row is its logits and a label, and nothing is weighted.
-  FSL_FN bool plain() const { return form == Form::index && !class_weight && !sample_weight && !upstream; }
+  // Whether a row is its logits and one target, and nothing is weighted.
+  FSL_FN bool plain() const { return form != Form::mixture && !class_weight && !sample_weight && !upstream; }
 };
 
 // The same of a Hessian-vector product: H v in the place of the gradient, <dL/dz, v> in that of the loss.
@@ -150,7 +150,7 @@ FSL_FN Row<T> locate(const Job<T>& job, const Offsets& at) {
   row.logits = job.logits + at.logits;
   row.gradient = job.gradient + at.gradient;
   row.row_weight = T(1), row.scale = job.scale;
-  if (!kPlain && job.form == Form::probabilities) {
+  if (job.form == Form::probabilities) {
     row.probabilities = job.target + at.target;
     row.label = job.classes > 0 ? 0 : kIgnored, row.class_weight = T(1);  // a row without classes does not count
   } else {

@@ -426,9 +426,9 @@ struct Tile {
   FSL_FN void set(int lane, const Offsets& at) {
     const Row<T> row = locate<kPlain>(job, at);
     logits[lane] = row.logits, gradient[lane] = row.gradient;
-    label[lane] = row.label, counts[lane] = T(row.label >= 0);
+    label[lane] = row.label, counts[lane] = T(row.label >= 0), probabilities[lane] = row.probabilities;
     if (kPlain) return;
-    probabilities[lane] = row.probabilities, other[lane] = row.other;
+    other[lane] = row.other;
     class_weight[lane] = row.class_weight, row_weight[lane] = row.row_weight, scale[lane] = row.scale;
     other_class_weight[lane] = row.other_class_weight, other_row_weight[lane] = row.other_row_weight;
   }

@@ -25,7 +25,7 @@ struct ProbabilityRows {
   using V = Vec<T>;
   int64_t steps;
   T *z, *u, *exps, *own, *v;    // a vector a step, the last one of a row padded with classes that are not there; v: u smoothed
-  U weight, scale;              // of the row, NaN where NaN or +inf, or no class at all, make all of it NaN
+  U weight, scale;              // of the row, NaN where +inf, or no class at all, make all of it NaN
   U z_of[2], u_of[2], v_of[2];  // of the extremes, the largest and the smallest
 
   static constexpr int kArrays = 5;
@@ -73,11 +73,11 @@ FSL_FN U largest(Vec<T> v) {
     return v;
 }
 
-// Lane by lane: the largest logit and the step of the first one, the smallest and the step of the last; `bad` counts NaN.
+// Lane by lane: the largest logit and the step of the first one, the smallest and the step of the last; NaN is neither.
 template <class T>
 struct Ends {
   using V = Vec<T>;
-  V most{-Limits<T>::infinity()}, least{Limits<T>::infinity()}, first{0}, last{0}, bad{0};
+  V most{-Limits<T>::infinity()}, least{Limits<T>::infinity()}, first{0}, last{0};
 };
 
 template <bool kBoth, class T>
@@ -88,14 +88,13 @@ FSL_LOOP Ends<T> ends(const T* z, int64_t steps) {
   for (int64_t i = 0; i < steps; ++i) {
     const V zi = V::load(z + i * V::kLanes), at = V(T(i));
     r.first = select(r.most < zi, at, r.first);
-    r.most = max(zi, r.most);
+    r.most = max(r.most, zi);
     if (kBoth) {
       const V present = select(zi == V(0) - inf, inf, zi);
       const auto above = r.least < present;
       r.last = select(above, r.last, at);
       r.least = select(above, r.least, present);
     }
-    r.bad = r.bad + select(zi == zi, V(0), V(1));
   }
   return r;
 }
@@ -127,7 +126,7 @@ FSL_LOOP void read(const Job<T>& job, const Row<T>& row, ProbabilityRows<T, T>& 
   T lanes[4][V::kLanes];
   found.most.store(lanes[0]), found.first.store(lanes[1]), found.least.store(lanes[2]), found.last.store(lanes[3]);
   extreme[0] = padded, extreme[1] = -1;
-  if (sum(found.bad) > 0 || !(top < Limits<T>::infinity()) || top == -Limits<T>::infinity()) {
+  if (top == Limits<T>::infinity() || top == -Limits<T>::infinity()) {
     to.weight = to.scale = Limits<T>::quiet_NaN();
     for (int64_t k = 0; k < job.classes; ++k) to.z[k] = 0;
     extreme[0] = 0;
@@ -155,7 +154,7 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
 
   const Ends<T> found = ends<kBoth>(to.z, to.steps);
   const V none(-1), inf(Limits<T>::infinity());
-  const auto bad = (V(0) < found.bad) | (found.most == inf) | (found.most == V(0) - inf);
+  const auto bad = (found.most == inf) | (found.most == V(0) - inf);
   const V poison = select(bad, V(Limits<T>::quiet_NaN()), V(1));
   to.weight = V::load(tile.row_weight) * poison, to.scale = V::load(tile.scale) * to.weight;
   if (sum(select(bad, V(1), V(0))) > 0)
@@ -194,8 +193,9 @@ FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
   V u(0), v(0), vx(0), there(0), ud(0), udd(0);
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     const V zi = V::load(rows.z + i), ui = V::load(rows.u + i), vi = V::load(rows.v + i), x = zi - at;
-    __builtin_prefetch(next.logits + i * sizeof(T));
-    __builtin_prefetch(next.probabilities + i * sizeof(T));
+    constexpr int kInto = std::is_same_v<U, T> ? 3 : 2;  // the first cache holds a row and the next one, but not two tiles
+    __builtin_prefetch(next.logits + i * sizeof(T), 0, kInto);
+    __builtin_prefetch(next.probabilities + i * sizeof(T), 0, kInto);
     acc.add(zi, at, ui).store(rows.exps + i);
     u = u + ui;
     v = v + vi;
@@ -359,8 +359,9 @@ FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& ro
   out.loss = ce;
   if (o.diversity_weight != 0) out.loss = out.loss + U(T(o.diversity_weight)) * penalty;
   if (o.z_loss != 0) out.loss = out.loss + U(T(o.z_loss)) * u * lse * lse;
-  out.loss = out.loss * rows.weight, out.cross_entropy = ce * rows.weight, out.diversity = penalty * rows.weight;
-  add(out.gradient, rows.scale, g);
+  const U nan = select(r.s1 == r.s1, U(1), U(Limits<T>::quiet_NaN())), weight = nan * rows.weight;  // and a NaN does
+  out.loss = out.loss * weight, out.cross_entropy = ce * weight, out.diversity = penalty * weight;
+  add(out.gradient, nan * rows.scale, g);
   return out;
 }
 
@@ -393,14 +394,14 @@ struct Spread {
   }
 };
 
-// Where it belongs, or into `own` and from there.
+// Where it belongs, or into `exps` and from there.
 template <unsigned Needs, class T>
 FSL_LOOP void spread(const Job<T>& job, const Row<T>& at, const ProbabilityRows<T, T>& rows, const int64_t (&extreme)[2],
                      const RowGradient<T>& g, const RowMoments<T>& rest, const Own<T>& own) {
   using V = Vec<T>;
   const Spread<Needs, T> spread(job.options, rows, broadcast(g), rest, own);
   const bool direct = holds<T>(job.storage) && job.gradient_step == int64_t(sizeof(T));
-  T* const out = direct ? reinterpret_cast<T*>(at.gradient) : rows.own;
+  T* const out = direct ? reinterpret_cast<T*>(at.gradient) : rows.exps;
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     const V dz = spread.at(i);
     if (!direct || i + V::kLanes <= job.classes) {
@@ -423,14 +424,14 @@ FSL_LOOP void spread(const Tile<T>& tile, const ProbabilityRows<T, Vec<T>>& rows
                      const RowMoments<Vec<T>>& rest, const Own<Vec<T>>& own) {
   using V = Vec<T>;
   const Spread<Needs, T> spread(tile.job.options, rows, g, rest, own);
-  for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) spread.at(i).store(rows.own + i);
+  for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) spread.at(i).store(rows.exps + i);
   for (int i = 0; i < 2; ++i) {
     T class_of[V::kLanes], dz[V::kLanes];
     extreme[i].store(class_of), (i ? g.other : g.label).store(dz);
     for (int lane = 0; lane < V::kLanes; ++lane)
-      if (class_of[lane] >= 0) rows.own[int64_t(class_of[lane]) * V::kLanes + lane] = dz[lane];
+      if (class_of[lane] >= 0) rows.exps[int64_t(class_of[lane]) * V::kLanes + lane] = dz[lane];
   }
-  tile.store(0, int(rows.steps), reinterpret_cast<const T(*)[V::kLanes]>(rows.own));
+  tile.store(0, int(rows.steps), reinterpret_cast<const T(*)[V::kLanes]>(rows.exps));
 }
 
 template <class T, unsigned Needs>
