@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import losses
 import torch
@@ -16,6 +16,7 @@ from fastsoftloss import Loss, backends
 # targets that are no class indices, which a contender draws for itself: what bench/targets.py times
 SOFT = {
     "mixture": "(y_a, y_b, mix)",
+    "gathers": "class indices and two gathers",
     "probabilities": "class probabilities",
     "probabilities_kl": "the same, kl",
     "probabilities_plain": "the same, no penalty",
@@ -38,8 +39,8 @@ LABELS = {
 
 
 class Contender(NamedTuple):
-    loss: Callable[[Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor], object] = Tensor.backward
+    loss: Callable[[Tensor, Tensor], Any]
+    backward: Callable[[Any], object] = Tensor.backward
 
 
 class _Nothing(torch.autograd.Function):
@@ -73,6 +74,15 @@ def _soft(name: str, logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda z, y: F.cross_entropy(z, target)
     soft = Loss(diversity={"probabilities": "logit_variance", "probabilities_kl": "kl", "probabilities_plain": None}[name])
     return lambda z, y: soft(z, target)
+
+
+def _gathers(logits: Tensor) -> Contender:
+    """What a mixture is to cost no more than."""
+    ours, index = Loss(), torch.randint(logits.shape[1], (logits.shape[0], 1, *logits.shape[2:]), device=logits.device)
+    upstream = (None, *[torch.ones_like(index, dtype=logits.dtype)] * 2)
+    return Contender(
+        lambda z, y: (ours(z, y), z.gather(1, y.unsqueeze(1)), z.gather(1, index)), lambda of: torch.autograd.backward(of, upstream)
+    )
 
 
 def _compiled(loss: Callable[[Tensor, Tensor], Tensor], threads: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -116,7 +126,8 @@ def gather(logits: Tensor, names: list[str]) -> dict[str, Contender]:
         "floor": lambda: Contender(_Nothing.apply),
         "engine": lambda: Contender(_Nothing.apply, _engine),
     }
-    makers |= {name: lambda name=name: Contender(_soft(name, logits)) for name in SOFT if name in names}
+    makers |= {name: lambda name=name: Contender(_soft(name, logits)) for name in SOFT}
+    makers["gathers"] = lambda: _gathers(logits)
     if logits.is_cuda and backends.default(logits.device) != "triton" and "triton" not in backends.missing():
         makers["triton"] = lambda: Contender(Loss(backend="triton"))
     if logits.is_cuda and logits.dim() == 2:

@@ -155,6 +155,17 @@ bool read_share(PyObject* from, double& to) {
   return 0 <= to && to <= 1;
 }
 
+// The weights of both labels, in place: `shares`, or `share` where there are none, and 1 less them.
+template <class T>
+void share_out(const Tensor& shares, double share, const Tensor& weights) {
+  T* const to = weights.mutable_data_ptr<T>();
+  const int64_t count = weights.size(1);
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = shares.defined() ? shares.const_data_ptr<T>()[i] : T(share);
+    to[count + i] = shares.defined() ? T(1) - to[i] : T(1 - share);
+  }
+}
+
 // (y_a, y_b, mix) as pack_mixture in fastsoftloss/reference.py has it: both labels in one tensor, and the sample weight of each.
 bool read_mixture(PyObject* from, Inputs& in) {
   if (PyTuple_GET_SIZE(from) != 3) return false;
@@ -183,12 +194,13 @@ bool read_mixture(PyObject* from, Inputs& in) {
     else
       in.target.select(0, i).copy_(label);
   }
-  if (mix && mix->dim() > 0) {
-    in.sample_weight = at::stack({*mix, at::rsub(*mix, 1)});
-  } else {
-    const Tensor weights = mix ? at::stack({*mix, at::rsub(*mix, 1)}) : at::tensor({share, 1 - share}, in.logits.options().dtype(type));
-    in.sample_weight = weights.as_strided(both, steps);
-  }
+  const Tensor shares = mix ? mix->contiguous() : Tensor();
+  const Tensor weights = at::empty({2, mix ? shares.numel() : 1}, in.logits.options().dtype(type));
+  if (type == at::kDouble)
+    share_out<double>(shares, share, weights);
+  else
+    share_out<float>(shares, share, weights);
+  in.sample_weight = mix && mix->dim() > 0 ? weights.view(both) : weights.as_strided(both, steps);
   return true;
 }
 
