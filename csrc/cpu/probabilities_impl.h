@@ -1,10 +1,4 @@
-// Rows whose target is a probability for each class: the loss expected over the label, sum_k u_k loss(k) with u = w t.
-//
-// D_k leaves class k out. Taken from the sums over the whole row that is a subtraction, which cancels where k is most of a
-// sum: of exps only the largest logit is, of squares about the mean only the largest or the smallest. So these two,
-// the extremes, stay out of the sums over the rest, their complements are merged from it, and every other class is left out
-// of the whole. The penalty's gradient is then that of one RowGradient, the expectation of all, less at class k what k's
-// own has no business giving it: a RowGradient covers the complement of k, and the expectation added it everywhere.
+// Rows whose target is a probability for each class: what row_probabilities.h makes of them, and why, is said there.
 //
 // A step is a vector of the classes of one row, or, in a tile, one class of as many rows as there are lanes. U is the type of
 // what a row has one of: a number, or a vector of them.
@@ -12,6 +6,7 @@
 
 #include <type_traits>
 
+#include "../row_probabilities.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -20,12 +15,10 @@ namespace FSL_ISA {
 namespace {
 
 template <class T, class U>
-struct ProbabilityRows {
+struct ProbabilityRows : Extremes<U> {
   using V = Vec<T>;
   int64_t steps;
-  T *z, *u, *exps, *own;        // a vector a step, the last one of a row padded with classes that are not there
-  U weight, scale;              // of the row, NaN where NaN or +inf, or no class at all, make all of it NaN
-  U z_of[2], u_of[2], v_of[2];  // of the extremes, the largest and the smallest: logit, u, and u smoothed
+  T *z, *u, *exps, *own;  // a vector a step, the last one of a row padded with classes that are not there
 
   ProbabilityRows(T* memory, int64_t steps)
       : steps(steps),
@@ -151,13 +144,6 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
   }
 }
 
-// The moments of the rest, and the sums over the labels that cross-entropy wants.
-template <class U>
-struct Rest {
-  RowMoments<U> moments;
-  U u, v, vx;  // sums of u, of v, and of v (m - z), where 0 log 0 is 0 and log 0 is -inf
-};
-
 // next: the row or tile to come.
 template <unsigned Needs, class T, class U>
 FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
@@ -180,35 +166,15 @@ FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
   return {moments<Needs>(acc, n, m, shift, [](V lanes) { return joined<U>(lanes); }), joined<U>(u), joined<U>(v), joined<U>(vx)};
 }
 
-// The moments of all classes, about their largest, less one of them that is no extreme.
-template <unsigned Needs, class U, class V>
-FSL_FN RowMoments<V> without(const RowMoments<U>& all, V x, V e) {
-  RowMoments<V> r;
-  const U left = max(all.n - U(1), U(1));
-  r.n = V(all.n - U(1));
-  r.m = V(all.m);
-  r.s1 = V(all.s1) - e;
-  if (Needs & kSquares) r.s2 = V(all.s2) - e * e;
-  if (Needs & kEntropy) r.sx = V(all.sx) - e * x;
-  if (Needs & kLogits) {
-    const V d = x - V(all.mean);
-    r.mean = V(all.mean) - d * V(U(1) / left);
-    r.m2 = V(all.m2) - d * d * V(all.n / left);
-  }
-  return r;
-}
-
 // The penalty expected over the labels that are no extremes: its value, and the RowGradient about all.m. What a class must
 // not get of it goes to `own`. By value, and the penalty known: whatever no class changes is computed once.
 template <Diversity D, class T, class U>
 FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMoments<U> all, U rest_m) {
   using V = Vec<T>;
-  constexpr unsigned kNeeds = moments_of(D);
-  constexpr bool kUsesA = D != Diversity::logit_variance;
   o.diversity = D;
   const U down = select(rest_m == U(-Limits<T>::infinity()), U(0), rest_m - all.m);
-  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), one(1), m(all.m), masked(-Limits<T>::infinity());
-  V value(0), a(0), b(0), t(0), e0(0), e1(0);
+  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), m(all.m), masked(-Limits<T>::infinity());
+  Penalty<V> sum;
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     uint64_t words[8], any = 0;
     memcpy(words, rows.u + i, 64);
@@ -218,32 +184,13 @@ FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMomen
     const auto there = z > masked;
     const V u = select(there, V::load(rows.u + i), zero), x = select(there, z - m, zero);
     const V e = select(there, f * V::load(rows.exps + i), zero);
-    const auto rest = without<kNeeds>(all, x, e);
-    const V p = e * inv_s1;
-    const Margin<V> y{rest.s1 * inv_s1, p, zero, zero, zero, one / (rest.s1 + select(rest.n > zero, zero, one))};
-    const Penalty<V> d = penalty_of(rest, y, one, o);
-    const RowGradient<V>& g = d.gradient;
-    value = value + u * d.value;
-    V here(0);
-    if (kUsesA) {
-      V factor = g.a;
-      a = a + u * g.a;
-      if (kNeeds & kSquares) b = b + u * g.b, factor = factor + g.b * e;
-      if (kNeeds & kEntropy) t = t + u * g.t, factor = factor + g.t * x;
-      here = e * factor;
-    }
-    if (kNeeds & kLogits) {
-      e0 = e0 + u * g.e0;
-      here = here + g.e0;
-      if (!kUsesA) e1 = e1 + u * g.e1, here = here + g.e1 * x;
-    }
-    if (D == Diversity::variance) here = here - g.label;
-    (V::load(rows.own + i) - u * here).store(rows.own + i);
+    (V::load(rows.own + i) - expect<D>(o, all, inv_s1, x, e, u, sum)).store(rows.own + i);
   }
   Penalty<U> out;
-  out.value = joined<U>(value);
-  out.gradient.a = joined<U>(a), out.gradient.b = joined<U>(b), out.gradient.t = joined<U>(t);
-  out.gradient.e0 = joined<U>(e0), out.gradient.e1 = joined<U>(e1);
+  const RowGradient<V>& g = sum.gradient;
+  out.value = joined<U>(sum.value);
+  out.gradient.a = joined<U>(g.a), out.gradient.b = joined<U>(g.b), out.gradient.t = joined<U>(g.t);
+  out.gradient.e0 = joined<U>(g.e0), out.gradient.e1 = joined<U>(g.e1);
   return out;
 }
 
@@ -265,52 +212,11 @@ FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& ro
   }
 }
 
-// One copy in the object code, whatever moments there are; those that are not are 0. The gradient is about the rest's m, with the extremes'
-// own elements beside it: `label` the largest's, `other` the smallest's.
+// One copy in the object code, whatever moments there are; those that are not are 0.
 template <class T, class U>
 FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest) {
-  const U zero(0), masked(-Limits<T>::infinity());
-  const auto &r = rest.moments, high = alone(rows.z_of[0], zero), low = alone(rows.z_of[1], zero);
-  const RowMoments<U> complement[2] = {merge<kAllMoments>(r, low), merge<kAllMoments>(r, high)};
-  const RowMoments<U> all = merge<kAllMoments>(complement[0], high);
-  const Margin<U> top = margin(complement[0], rows.z_of[0]), bottom = margin(complement[1], rows.z_of[1]);
-  const auto some = r.n > zero, two = rows.z_of[1] > masked;
-  const U step = select(some, r.m - rows.z_of[0], zero), to_low = select(two, rows.z_of[0] - rows.z_of[1], zero);
-
-  const U v_others = rest.v + rows.v_of[1], v = v_others + rows.v_of[0], u = rest.u + rows.u_of[0] + rows.u_of[1];
-  const U lse = rows.z_of[0] + top.ce, slope = U(T(2 * o.z_loss)) * u * lse;
-  // sum of v_k (lse - z_k), each term positive where v is
-  const U ce = v * top.ce + (rest.vx - rest.v * step) + rows.v_of[1] * to_low;
-
-  RowGradient<U> g;
-  g.a = (v + slope) * exp(max(step, U(-1000))) / all.s1;
-  // the largest's: whichever difference does not cancel
-  const U own = select(top.s > U(T(0.5)), v * top.p - rows.v_of[0], v_others - v * top.s);
-  U dz[2] = {own + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
-  U penalty(0);
-  if (o.diversity != Diversity::none) {
-    const Penalty<U> most = expected(o, rows, all, r.m);
-    penalty = most.value;
-    add(g, U(1), about(most.gradient, step));
-    for (int i = 0; i < 2; ++i) {
-      const Margin<U>& margin = i ? bottom : top;
-      const Penalty<U> d = penalty_of(complement[i], margin, U(1), o);
-      penalty = penalty + rows.u_of[i] * d.value;
-      add(g, rows.u_of[i], about(d.gradient, select(some, r.m - complement[i].m, zero)));
-      dz[i] = dz[i] + rows.u_of[i] * d.gradient.label + slope_at(most.gradient, rows.z_of[i] - all.m, zero);
-      const U from = select(two, rows.z_of[1 - i] - complement[i].m, masked);  // no class has an empty complement but the only one
-      dz[1 - i] = dz[1 - i] + rows.u_of[i] * slope_at(d.gradient, from, zero);
-    }
-  }
-  g.label = dz[0], g.other = dz[1];
-
-  RowLoss<U> out;
-  out.loss = ce;
-  if (o.diversity_weight != 0) out.loss = out.loss + U(T(o.diversity_weight)) * penalty;
-  if (o.z_loss != 0) out.loss = out.loss + U(T(o.z_loss)) * u * lse * lse;
-  out.loss = out.loss * rows.weight, out.cross_entropy = ce * rows.weight, out.diversity = penalty * rows.weight;
-  add(out.gradient, rows.scale, g);
-  return out;
+  const Whole<U> whole = whole_row<U>(rows, rest.moments);
+  return finish<U>(rows, rest, whole, expected(o, rows, whole.all, rest.moments.m), o);
 }
 
 // spread: one step.
