@@ -47,13 +47,13 @@ struct Plan {
 constexpr int64_t kTileClasses = 512;     // up to here a row has few threads, and need not be aligned
 constexpr int64_t kFusedClasses = 16384;  // up to here the forward writes the gradient too
 constexpr int64_t kKeptClasses = 1024;    // from here the forward keeps six floats a row for the backward
-constexpr int64_t kHeldProbabilities = 8192 - 15;
+constexpr int kProbabilitiesHeld = 36;    // classes a thread: 32, and some for what a row starts before
 constexpr int kMostShares = 256;
 constexpr int kMostSplits = 4096;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int power_of_two(int64_t n, int least, int most) {
   int p = least;
   while (p < n && p < most) p *= 2;
@@ -71,10 +71,11 @@ inline Plan plan(const Batch& b, int multiprocessors) {
   p.threads = 128;
   const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2 + (b.form == Form::mixture);  // some class is no label
   if (b.form == Form::probabilities) {
-    const bool held = b.bytes < 8 && b.classes <= kHeldProbabilities;
+    // a warp starts where a sector does, which may be up to 15 classes before the first
+    const int64_t most = b.classes + (b.classes > 512 ? 15 : 0);
+    const bool held = b.bytes < 8 && !b.weighted && most <= 256 * kProbabilitiesHeld;
     p.kernel = held ? Kernel::probabilities_held : Kernel::probabilities_passed;
-    // held: 32 classes a thread, and a warp starts where a sector does, which may be 15 classes before the first
-    p.lanes = held ? power_of_two(divide_up(b.classes + (b.classes > 512 ? 15 : 0), 32), 1, 256) : power_of_two(divide_up(b.classes, 8), 4, 256);
+    p.lanes = held ? power_of_two(divide_up(most, kProbabilitiesHeld), 1, 256) : power_of_two(divide_up(b.classes, 8), 4, 256);
     p.threads = p.lanes > 32 ? p.lanes : 128;
     p.blocks = at_most(divide_up(b.rows, p.threads / p.lanes), wave);
   } else if (quick && b.packed && b.classes <= kTileClasses) {

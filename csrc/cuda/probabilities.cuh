@@ -13,8 +13,6 @@
 namespace fastsoftloss {
 namespace cuda {
 
-constexpr int kProbabilitiesHeld = 32;  // classes a thread
-
 template <class T>
 struct ProbabilityRow {
   const char *logits, *target;
@@ -40,31 +38,41 @@ FSL_DEVICE float load_probability(const Job<float>& job, const char* p) {
   return Memory<Storage::float32>::load(p);
 }
 
-// What a thread's classes have at most and at least, how many there are, and their sum; the masked are not there.
-template <bool kBoth, class T>
+// The largest logit of a thread's classes and the smallest; how many there are, and their sum, where they are counted.
+template <class T>
 struct Look {
   T most = -Limits<T>::infinity(), least = Limits<T>::infinity(), n = 0, total = 0;
 
-  FSL_DEVICE void add(T z) {
-    const bool there = z > -Limits<T>::infinity();
-    most = max(most, z);
-    n += there ? T(1) : T(0);
-    if (kBoth) least = min(least, there ? z : Limits<T>::infinity()), total += there ? z : T(0);
+  FSL_DEVICE void add(T z) { most = fmax(most, z), least = fmin(least, z); }
+  FSL_DEVICE void count(T z) {
+    if (z > -Limits<T>::infinity()) least = fmin(least, z), n += T(1), total += z;
+    most = fmax(most, z);
   }
 };
 
-// A thread's share of a row. each(f): f(z, u, k, whether k is a class that is not taken), from left to right; where it is
-// not, z is -inf and u is 0. take(i, z, f): extreme i is its first class of logit z, and f(u, k) is told.
+// A thread's share of a row, without what has been taken of it.
+//   each(f): f(z, u, k), in order; where there is no class z is -inf and u is 0
+//   look(), careful_look(): a masked class is the least, or is not there
+//   sample(): some of them, of the thread's own choice, counted
+//   each_masked(f): f(u, k) of the classes whose logit is -inf
+//   take(i, z, f): extreme i is its first class of logit z, and f(u, k) is told
 template <Storage S, class T, bool kHeld>
 struct Classes {
   const Job<T>& job;
   const ProbabilityRow<T>& row;
-  const int first, size;    // classes first + i size
+  const T keep, even;  // of label smoothing
+  const int first, size;
   int taken[2] = {-1, -1};  // the extremes that were this thread's, or -1
 
   FSL_DEVICE Classes(const Job<T>& job, const ProbabilityRow<T>& row, const Group<T>& group)
-      : job(job), row(row), first(group.lane), size(group.size) {}
+      : job(job),
+        row(row),
+        keep(T(1) - job.options.label_smoothing),
+        even(job.options.label_smoothing / T(job.classes)),
+        first(group.lane),
+        size(group.size) {}
 
+  FSL_DEVICE T smoothed(T u, int k) const { return keep * u + (job.class_weight ? even * job.class_weight[k] : even); }
   template <class F>
   FSL_DEVICE void each(F f) {
 #pragma unroll 1
@@ -72,86 +80,156 @@ struct Classes {
       if (k == taken[0] || k == taken[1]) continue;
       T u = load_probability(job, row.target + k * job.target_step);
       if (job.class_weight) u *= job.class_weight[k];
-      f(Memory<S>::load(row.logits + k * job.logits_step), u, k, true);
+      f(Memory<S>::load(row.logits + k * job.logits_step), u, k);
     }
+  }
+  FSL_DEVICE Look<T> careful_look() {
+    Look<T> r;
+    each([&](T z, T&, int) { r.count(z); });
+    return r;
+  }
+  FSL_DEVICE Look<T> look() {
+    Look<T> r;
+    each([&](T z, T&, int) { r.add(z); });
+    return r;
+  }
+  FSL_DEVICE Look<T> sample() { return careful_look(); }
+  template <class F>
+  FSL_DEVICE void each_masked(F f) {
+    each([&](T z, T& u, int k) {
+      if (z == -Limits<T>::infinity()) f(u, k);
+    });
   }
   template <class F>
   FSL_DEVICE void take(int i, T z_of, F f) {
-    each([&](T z, T u, int k, bool) {
+    each([&](T z, T& u, int k) {
       if (z == z_of && taken[i] < 0) taken[i] = k, f(u, k);
     });
   }
+  template <class F>
+  FSL_DEVICE void write(F f) {
+    each([&](T z, T& u, int k) { Memory<S>::store(row.gradient + k * job.gradient_step, f(z, u, k)); });
+  }
 };
 
+// In registers. No class weights where labels are smoothed.
 template <Storage S, class T>
 struct Classes<S, T, true> {
   static constexpr int kChunk = 4;
-  const int size, count;  // classes that a thread of the group has at most
-  int first;
-  unsigned there = 0;  // which of this thread's are a class that is not taken
+  const Job<T>& job;
+  const ProbabilityRow<T>& row;
+  const T keep, even;
+  const int size, skipped, first, count;  // count: classes that a thread of the group has at most
   int taken[2] = {-1, -1};
   T z[kProbabilitiesHeld], u[kProbabilitiesHeld];
 
   FSL_DEVICE Classes(const Job<T>& job, const ProbabilityRow<T>& row, const Group<T>& group)
-      : size(group.size), count((job.classes + skipped(row, group) + group.size - 1) >> group.shift) {
-    first = group.lane - skipped(row, group);
-    const char* from = row.logits + first * job.logits_step;
-    const char* target = row.target + first * job.target_step;
-    const int64_t apart = job.logits_step * size, target_apart = job.target_step * size;
-    all([&](int i) {
-      const bool has = unsigned(first + i * size) < unsigned(job.classes);
-      z[i] = -Limits<T>::infinity(), u[i] = 0;
-      if (has) z[i] = Memory<S>::load(from), there |= 1u << i;
-      from += apart;
-    });
-    const auto load = [&](auto storage) {
-      all([&](int i) {
-        if (there >> i & 1) u[i] = Memory<storage.value>::load(target);
-        target += target_apart;
-      });
-    };
+      : job(job),
+        row(row),
+        keep(T(1) - job.options.label_smoothing),
+        even(job.options.label_smoothing / T(job.classes)),
+        size(group.size),
+        // a warp starts where a sector of 32 bytes does
+        skipped(group.size < 32 ? 0 : (int(reinterpret_cast<intptr_t>(row.logits)) & 31) / Memory<S>::kBytes),
+        first(group.lane - skipped),
+        count((job.classes + skipped + group.size - 1) >> group.shift) {
+    read<S>(row.logits, job.logits_step, -Limits<T>::infinity(), z);
     switch (job.target_storage) {
       case Storage::bfloat16:
-        load(std::integral_constant<Storage, Storage::bfloat16>());
+        read<Storage::bfloat16>(row.target, job.target_step, T(0), u);
         break;
       case Storage::float16:
-        load(std::integral_constant<Storage, Storage::float16>());
+        read<Storage::float16>(row.target, job.target_step, T(0), u);
         break;
       default:
-        load(std::integral_constant<Storage, Storage::float32>());
+        read<Storage::float32>(row.target, job.target_step, T(0), u);
     }
     if (!job.class_weight) return;
-    all([&](int i) {
-      if (there >> i & 1) u[i] *= job.class_weight[first + i * size];
+    all([&](int i, auto full) {
+      if (has(i, full)) u[i] *= job.class_weight[first + i * size];
     });
   }
-  // A warp starts where a sector of 32 bytes does.
-  static FSL_DEVICE int skipped(const ProbabilityRow<T>& row, const Group<T>& group) {
-    return group.size < 32 ? 0 : (int(reinterpret_cast<intptr_t>(row.logits)) & 31) / Memory<S>::kBytes;
-  }
+  FSL_DEVICE T smoothed(T u, int) const { return keep * u + even; }
   template <class F>
   FSL_DEVICE void each(F f) {
-    all([&](int i) { f(z[i], u[i], first + i * size, (there >> i & 1) != 0); });
+#pragma unroll
+    for (int c = 0; c < kProbabilitiesHeld; c += kChunk) {
+      if (c >= count) continue;
+#pragma unroll
+      for (int i = c; i < c + kChunk; ++i) f(z[i], u[i], first + i * size);
+    }
+  }
+  FSL_DEVICE Look<T> careful_look() {
+    Look<T> r;
+    each([&](T z, T&, int) { r.count(z); });
+    return r;
+  }
+  FSL_DEVICE Look<T> look() {
+    Look<T> r;
+    all([&](int i, auto full) {
+      if (has(i, full)) r.add(z[i]);
+    });
+    return r;
+  }
+  FSL_DEVICE Look<T> sample() {
+    Look<T> r;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) r.count(z[i]);
+    return r;
+  }
+  template <class F>
+  FSL_DEVICE void each_masked(F f) {
+    each([&](T z, T& u, int k) {
+      if (z == -Limits<T>::infinity() && unsigned(k) < unsigned(job.classes) && k != taken[0] && k != taken[1]) f(u, k);
+    });
+  }
+  FSL_DEVICE T left() const {  // of this thread's
+    return T(((job.classes - first + size - 1) >> (31 - __clz(size))) - (first < 0) - (taken[0] >= 0) - (taken[1] >= 0));
   }
   template <class F>
   FSL_DEVICE void take(int which, T z_of, F f) {
-    all([&](int i) {
-      if (z[i] == z_of && taken[which] < 0 && (there >> i & 1)) {
-        taken[which] = first + i * size;
-        f(u[i], taken[which]);
-        z[i] = -Limits<T>::infinity(), u[i] = 0, there &= ~(1u << i);
-      }
+    each([&](T& z, T& u, int k) {
+      if (z == z_of && taken[which] < 0) taken[which] = k, f(u, k), z = -Limits<T>::infinity(), u = 0;
+    });
+  }
+  template <class F>
+  FSL_DEVICE void write(F f) {
+    char* to = row.gradient + first * job.gradient_step;
+    const int64_t apart = job.gradient_step * size;
+    all([&](int i, auto full) {
+      if (has(i, full)) Memory<S>::store(to, f(z[i], u[i], first + i * size));
+      to += apart;
     });
   }
 
+ private:
+  // full: every thread of the group has the whole chunk
+  template <class Full>
+  FSL_DEVICE bool has(int i, Full full) const {
+    return full.value || unsigned(first + i * size) < unsigned(job.classes);
+  }
   template <class F>
   FSL_DEVICE void all(F f) {
 #pragma unroll
     for (int c = 0; c < kProbabilitiesHeld; c += kChunk) {
       if (c >= count) continue;
+      if (c * size >= skipped && (c + kChunk) * size - skipped <= job.classes) {
 #pragma unroll
-      for (int i = c; i < c + kChunk; ++i) f(i);
+        for (int i = c; i < c + kChunk; ++i) f(i, std::true_type());
+      } else {
+#pragma unroll
+        for (int i = c; i < c + kChunk; ++i) f(i, std::false_type());
+      }
     }
+  }
+  template <Storage From>
+  FSL_DEVICE void read(const char* from, int64_t step, T nothing, T (&to)[kProbabilitiesHeld]) {
+    from += first * step;
+    const int64_t apart = step * size;
+    all([&](int i, auto full) {
+      to[i] = has(i, full) ? Memory<From>::load(from) : nothing;
+      from += apart;
+    });
   }
 };
 
@@ -167,7 +245,6 @@ struct Expectation {
 template <Storage S, Diversity D, bool kHeld, class T>
 __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ Job<T> job, int lanes) {
   constexpr unsigned kNeeds = moments_of(D);
-  constexpr bool kBoth = (kNeeds & kLogits) != 0;
   constexpr T infinity = Limits<T>::infinity();
   __shared__ T exchange[kMostWarps * kMostSums];
   extern __shared__ uint4 stage[];
@@ -175,15 +252,10 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
   if (settled(job)) return;
   Expectation<T>& told = reinterpret_cast<Expectation<T>*>(stage)[group.index];
   Tally<T> tally{};
-  const bool gradient = job.gradient.data != nullptr, smooth = job.options.label_smoothing != 0;
+  const bool gradient = job.gradient.data != nullptr;
   const T scale = gradient ? scale_of_all(job) : T(1);
-  const T keep = T(1) - job.options.label_smoothing, even = job.options.label_smoothing / T(job.classes);
   Options<T> options = job.options;
   options.diversity = D;
-  const auto smoothed = [&](T u, int k, bool there) {
-    if (!smooth) return u;
-    return keep * u + (!there ? T(0) : job.class_weight ? even * job.class_weight[k] : even);
-  };
 
   for (int64_t r = int64_t(blockIdx.x) * group.count + group.index; r < job.rows; r += int64_t(gridDim.x) * group.count) {
     const ProbabilityRow<T> row = locate_probabilities(job, r);
@@ -193,41 +265,50 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     group.sync();
     Classes<S, T, kHeld> classes(job, row, group);
 
-    // the extremes
-    const auto look_at_all = [&] {
-      Look<kBoth, T> look;
-      classes.each([&](T z, T&, int, bool) { look.add(z); });
-      return look;
-    };
-    Look<kBoth, T> look = look_at_all();
+    // the extremes: the smallest only where it can be most of a moment
+    Look<T> look = classes.look();
+    const bool masked = group.largest(-look.least) == infinity;
+    if (masked) look = classes.careful_look();
 #pragma unroll
-    for (int i = 0; i < (kBoth ? 2 : 1); ++i) {
+    for (int i = 0; i < (kNeeds & kLogits ? 2 : 1); ++i) {
       const T mine = i ? -look.least : look.most, most = group.largest(mine);
       const T place = mine == most && most > -infinity ? T(group.size - group.lane) : T(0);
-      if (place > T(0) & group.largest(place) == place) {
+      if (group.largest(place) == place && place > T(0)) {  // the first thread that has it
         const T z = i ? -most : most;
-        classes.take(i, z, [&](T u, int k) { told.ends.z_of[i] = z, told.ends.u_of[i] = u, told.ends.v_of[i] = smoothed(u, k, true); });
-        look = look_at_all();
+        classes.take(i, z, [&](T u, int k) { told.ends.z_of[i] = z, told.ends.u_of[i] = u, told.ends.v_of[i] = classes.smoothed(u, k); });
+        look = classes.careful_look();
       }
     }
+    const T m = group.largest(look.most), at = m == -infinity ? T(0) : m;
+    // how many are left, and what their mean is near: the variance of the sampled is part of that of all
+    if (masked) look = classes.careful_look();
+    Look<T> some = masked ? look : classes.sample();
+    T count[2] = {some.n, some.total};
+    group.sum(count);
+    const T n = masked ? count[0] : T(at_least(job.classes - (kNeeds & kLogits ? 2 : 1), 0)), shift = count[1] / max(count[0], T(1)) - at;
 
     // reduce
-    T count[2] = {look.n, look.total};
-    group.sum(count);
-    const T n = count[0], m = group.largest(look.most), at = m == -infinity ? T(0) : m;
-    const T shift = count[1] / max(n, T(1)) - at;
     T sums[3] = {0, 0, 0}, labels[3] = {0, 0, 0};
-    classes.each([&](T z, T& u, int k, bool there) {
-      const T x = z - at, e = quick_exp(x), v = smoothed(u, k, there);
+    classes.each([&](T z, T& u, int k) {
+      const T x = z - at, e = quick_exp(x), v = classes.smoothed(u, k);
+      const bool there = !(z == -infinity);
+      const T seen = there ? x : T(0);
       sums[0] += e;
       if (kNeeds & kSquares) sums[1] += e * e;
-      if (kNeeds & kEntropy) sums[1] += e * max(x, T(-1000));
+      if (kNeeds & kEntropy) sums[1] += e * seen;
       if (kNeeds & kLogits) {
-        const T d = z > -infinity ? x - shift : T(0);
+        const T d = there ? x - shift : T(0);
         sums[1] += d, sums[2] += d * d;
       }
-      labels[0] += u, labels[1] += v, labels[2] -= v == T(0) ? T(0) : v * x;
+      labels[0] += u, labels[2] -= v * seen;
+      if (!kHeld) labels[1] += v;
     });
+    if constexpr (kHeld) labels[1] = classes.keep * labels[0] + classes.even * classes.left();
+    if (masked)
+      classes.each_masked([&](T u, int k) {
+        const T v = classes.smoothed(u, k);
+        if (v != T(0)) labels[2] += v * infinity;  // 0 log 0 is 0
+      });
     group.sum_for_first(sums);
     group.sum_for_first(labels);
     if (group.lane == 0) {
@@ -249,8 +330,8 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     // the expectation over the rest; what a class gets besides the row's gradient
     const RowMoments<T> all = told.whole.all;
     const T inv_s1 = inverse(all.s1);
-    const auto own_of = [&](T z, T u, int k, bool there, Penalty<T>& sum) {
-      const T own = -smoothed(u, k, there);
+    const auto own_of = [&](T z, T u, int k, Penalty<T>& sum) {
+      const T own = -classes.smoothed(u, k);
       if (D == Diversity::none) return own;
       const bool seen = z > -infinity;
       const T x = seen ? z - all.m : T(0), e = seen ? quick_exp(x) : T(0);
@@ -258,7 +339,7 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     };
     Penalty<T> sum;
     if (D != Diversity::none) {
-      classes.each([&](T z, T& u, int k, bool there) { u = own_of(z, u, k, there, sum); });
+      classes.each([&](T z, T& u, int k) { u = own_of(z, u, k, sum); });
       T terms[5] = {sum.value, sum.gradient.a, sum.gradient.b + sum.gradient.t, sum.gradient.e0, sum.gradient.e1};
       group.sum_for_first(terms);
       sum.value = terms[0], sum.gradient.a = terms[1], sum.gradient.e0 = terms[3], sum.gradient.e1 = terms[4];
@@ -275,16 +356,16 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     // spread
     const RowGradient<T> g = told.gradient;
     const T scale_of_row = told.ends.scale;
-    classes.each([&](T z, T& u, int k, bool there) {
+    classes.write([&](T z, T& u, int k) {
       Penalty<T> again;
-      const T own = kHeld && D != Diversity::none ? u : own_of(z, u, k, there, again);
+      const T own = kHeld && D != Diversity::none ? u : own_of(z, u, k, again);
       const T x = z - at, e = quick_exp(x);
       T factor = g.a;
       if (kNeeds & kSquares) factor += g.b * e;
       if (kNeeds & kEntropy) factor += g.t * max(x, T(-1000));
       T dz = e * factor + scale_of_row * own;
       if (kNeeds & kLogits) dz += z > -infinity ? g.e0 + g.e1 * x : T(0);
-      if (there) Memory<S>::store(row.gradient + k * job.gradient_step, dz);
+      return dz;
     });
 #pragma unroll
     for (int i = 0; i < 2; ++i)
