@@ -112,7 +112,30 @@ struct RowSizes {
 };
 
 // A mixture's two labels, and their sample weights, stand in a first dimension of their own.
-bool mixed(const Inputs& in) { return in.target.dim() == in.logits.dim(); }
+Form form_of(const Inputs& in) {
+  const ScalarType type = in.target.scalar_type();
+  if (type != ScalarType::Long && type != ScalarType::Int) return Form::probabilities;
+  return in.target.dim() == in.logits.dim() ? Form::mixture : Form::index;
+}
+
+// Floats a row that the forward keeps, where it keeps any.
+int kept_of(const Inputs& in) {
+  const Form form = form_of(in);
+  return form == Form::probabilities ? 0 : kSaved + (form == Form::mixture);
+}
+
+Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return Storage::float64;
+    case ScalarType::BFloat16:
+      return Storage::bfloat16;
+    case ScalarType::Half:
+      return Storage::float16;
+    default:
+      return Storage::float32;
+  }
+}
 
 bool same_device(const Tensor& a, const Tensor& b) { return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(); }
 
@@ -120,19 +143,29 @@ bool same_device(const Tensor& a, const Tensor& b) { return a.is_cuda() == b.is_
 void check(const Inputs& in, const Tensor* upstream) {
   STD_TORCH_CHECK(in.logits.dim() > 0 && in.logits.dim() <= kMaxDims, "logits must have from 1 to ", kMaxDims, " dimensions");
   const RowSizes rows(in.logits);
-  const bool two = mixed(in);
+  const Form form = form_of(in);
+  const bool two = form == Form::mixture;
   const auto like_rows = [&](const Tensor& t, bool both) {
     bool same = t.dim() == rows.dims + both && (!both || t.size(0) == 2);
     for (int64_t d = 0; same && d < rows.dims; ++d) same = t.size(d + both) == rows[d];
     return same;
   };
-  STD_TORCH_CHECK(like_rows(in.target, two), "target must have the shape of logits without the class dimension, or hold two of that shape");
-  const ScalarType logits = in.logits.scalar_type(), index = in.target.scalar_type(), type = arithmetic(in.logits);
+  const ScalarType logits = in.logits.scalar_type(), of_target = in.target.scalar_type(), type = arithmetic(in.logits);
+  if (form == Form::probabilities) {
+    bool fits = in.target.dim() == in.logits.dim();
+    for (int64_t d = 0; fits && d < in.logits.dim(); ++d) fits = in.target.size(d) == in.logits.size(d);
+    STD_TORCH_CHECK(fits, "target must have the shape of logits, or without the class dimension and be int64 or int32");
+    STD_TORCH_CHECK(
+        of_target == type || (type == ScalarType::Float && (of_target == ScalarType::BFloat16 || of_target == ScalarType::Half)),
+        "target must be int64 or int32, or probabilities in the dtype of the arithmetic or 16 bits");
+  } else {
+    STD_TORCH_CHECK(like_rows(in.target, two),
+                    "target must have the shape of logits without the class dimension, or hold two of that shape");
+  }
   STD_TORCH_CHECK(
       logits == ScalarType::Float || logits == ScalarType::Double || logits == ScalarType::BFloat16 || logits == ScalarType::Half,
       "logits must be float32, float64, bfloat16 or float16");
   STD_TORCH_CHECK(in.logits.size(rows.class_dim) < std::numeric_limits<int>::max(), "logits must have fewer than 2^31 classes");
-  STD_TORCH_CHECK(index == ScalarType::Long || index == ScalarType::Int, "target must be int64 or int32");
   STD_TORCH_CHECK(same_device(in.logits, in.target), "logits and target must be on one device");
   const auto weighs = [&](const Tensor& t, bool both) {
     return like_rows(t, both) && t.scalar_type() == type && same_device(t, in.logits);
@@ -209,10 +242,12 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   job.classes = int(logits.size(class_dim));
   job.logits.data = static_cast<char*>(const_cast<void*>(logits.const_data_ptr()));
   job.logits_step = logits.stride(class_dim) * bytes;
-  job.mixed = mixed(in);
+  job.form = form_of(in);
+  const bool mixed = job.form == Form::mixture, soft = job.form == Form::probabilities;
   job.wide_target = in.target.scalar_type() == ScalarType::Long;
-  const int64_t label_bytes = job.wide_target ? 8 : 4, label_dim = job.mixed ? 0 : -1;
-  if (job.mixed) job.target_step = in.target.stride(0) * label_bytes;
+  if (soft) job.target_storage = storage_of(in.target.scalar_type());
+  const int64_t target_bytes = int64_t(in.target.element_size()), label_dim = mixed ? 0 : -1, target_dim = soft ? class_dim : label_dim;
+  if (mixed || soft) job.target_step = in.target.stride(target_dim) * target_bytes;
   job.target.data = static_cast<char*>(const_cast<void*>(in.target.const_data_ptr()));
   job.ignore_index = in.ignore_index;
   job.mean = in.reduction == kMean;
@@ -220,7 +255,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   Walk walks[5];
   int count = 0;
   walks[count++] = {&logits, class_dim, bytes, &job.logits};
-  walks[count++] = {&in.target, label_dim, label_bytes, &job.target};
+  walks[count++] = {&in.target, target_dim, target_bytes, &job.target};
   if (gradient) {
     job.gradient.data = static_cast<char*>(gradient->mutable_data_ptr());
     job.gradient_step = gradient->stride(class_dim) * bytes;
@@ -229,7 +264,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   if (in.weight) job.class_weight = static_cast<const T*>(in.weight->const_data_ptr());
   if (in.sample_weight) {
     job.sample_weight.data = static_cast<char*>(const_cast<void*>(in.sample_weight->const_data_ptr()));
-    if (job.mixed) job.sample_weight_step = in.sample_weight->stride(0) * int64_t(sizeof(T));
+    if (mixed) job.sample_weight_step = in.sample_weight->stride(0) * int64_t(sizeof(T));
     walks[count++] = {&*in.sample_weight, label_dim, sizeof(T), &job.sample_weight};
   }
   if (upstream) {
@@ -262,7 +297,7 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   batch.side_by_side = job.row_dims > 0 && job.logits.stride[job.row_dims - 1] == bytes;
   batch.weighted = o.class_weights;
   batch.fused = gradient && !upstream;
-  batch.mixed = job.mixed;
+  batch.form = job.form;
   call.plan = plan(batch, multiprocessors);
   return true;
 }
@@ -283,12 +318,12 @@ Tensor set_call(Call<T>& call, const Inputs& in, const Tensor* gradient, const T
 template <class T>
 void check_targets(const Job<T>& job, const Device& device, const Tensor& logits) {
   const char* wanted = std::getenv("FASTSOFTLOSS_CHECK");
-  if (!wanted || std::strcmp(wanted, "1") != 0) return;
+  if (!wanted || std::strcmp(wanted, "1") != 0 || job.form == Form::probabilities) return;
   Job<float> targets;
   targets.rows = job.rows, targets.classes = job.classes, targets.row_dims = job.row_dims;
   std::memcpy(targets.row_size, job.row_size, sizeof job.row_size);
   targets.target = job.target, targets.wide_target = job.wide_target, targets.ignore_index = job.ignore_index;
-  targets.mixed = job.mixed, targets.target_step = job.target_step;
+  targets.form = job.form, targets.target_step = job.target_step;
   const Tensor found = vector_of(logits, 1, ScalarType::Long);
   auto* first = static_cast<unsigned long long*>(found.mutable_data_ptr());
   unsigned long long row = job.rows;
@@ -302,12 +337,12 @@ void check_targets(const Job<T>& job, const Device& device, const Tensor& logits
 // f is called with the storage type as a template argument.
 template <class F>
 auto with_storage(const Tensor& logits, F f) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Double:
+  switch (storage_of(logits.scalar_type())) {
+    case Storage::float64:
       return f(std::integral_constant<Storage, Storage::float64>(), double());
-    case ScalarType::BFloat16:
+    case Storage::bfloat16:
       return f(std::integral_constant<Storage, Storage::bfloat16>(), float());
-    case ScalarType::Half:
+    case Storage::float16:
       return f(std::integral_constant<Storage, Storage::float16>(), float());
     default:
       return f(std::integral_constant<Storage, Storage::float32>(), float());
@@ -332,7 +367,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
   Tensor loss = empty(logits, shape + 1, dims, type);
   Tensor components = parts ? empty(logits, shape, dims + 1, type) : vector_of(logits, 0, type);
   Tensor dlogits = gradient ? torch::stable::empty_like(logits) : vector_of(logits, 0, logits.scalar_type());
-  Tensor moments = vector_of(logits, kept(rows, classes, reduction == kMean, kSaved + mixed(in)), type);
+  Tensor moments = vector_of(logits, kept(rows, classes, reduction == kMean, kept_of(in)), type);
   if (rows == 0) {
     const double nothing = reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : 0;
     torch::stable::fill_(loss, nothing);
@@ -352,7 +387,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
     if (reduction == kMean) job.divisor = kept_data + moments.numel() - 1;
     if (classes > kKeptClasses && call.plan.kernel != Kernel::careful_rows) job.saved = kept_data;
     // elsewhere they are little beside the logits, and those of a mixture too wide
-    const bool labelled = gradient && job.mean && !job.mixed && classes <= kTileClasses;
+    const bool labelled = gradient && job.mean && job.form == Form::index && classes <= kTileClasses;
     const Scratch places = scratch(call.plan, rows, sizeof(fastsoftloss::RowMoments<T>) / sizeof(T), labelled);
     const Tensor memory = vector_of(logits, reduction != kNone || call.plan.splits > 1 ? places.size : 0, type);
     T* const scratch_data = memory.numel() ? static_cast<T*>(memory.mutable_data_ptr()) : nullptr;
@@ -378,7 +413,7 @@ void write_gradient(Tensor& dlogits, const Tensor& upstream, const Tensor& momen
   check(in, &upstream);
   const RowSizes sizes(in.logits);
   const int64_t rows = sizes.count(), classes = in.logits.size(sizes.class_dim);
-  STD_TORCH_CHECK(moments.numel() == kept(rows, classes, in.reduction == kMean, kSaved + mixed(in)) &&
+  STD_TORCH_CHECK(moments.numel() == kept(rows, classes, in.reduction == kMean, kept_of(in)) &&
                       moments.scalar_type() == arithmetic(in.logits) && moments.is_contiguous() && same_device(moments, in.logits),
                   "moments must be what the forward gave");
   if (rows == 0 || classes == 0) return;

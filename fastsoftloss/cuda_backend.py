@@ -11,7 +11,7 @@ from fastsoftloss import ops
 
 # as in csrc/cuda/plan.h: properties of the shape alone, so that a fake tensor has them
 FUSED_CLASSES, KEPT_CLASSES = 16384, 1024
-KEPT = {"index": 6, "mixture": 7}  # floats a row, by the target's form
+KEPT = {"index": 6, "mixture": 7, "probabilities": 0}  # floats a row, by the target's form
 _MEAN = ops.REDUCTIONS.index("mean")
 
 

@@ -6,11 +6,14 @@ test_cuda_suite.py is the test.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cuda_mode
 import pytest
 import torch
 from conftest import DIVERSITIES, agree
-from test_soft_targets import BOUND, check, near
+from forms import FORMS
+from test_soft_targets import BOUND, check, near, probabilities
 from torch import Tensor
 
 from fastsoftloss import functional, ops, reference
@@ -219,12 +222,67 @@ def test_masked_and_extreme_logits_of_a_mixture(classes: int) -> None:
             assert loss.isnan() and torch.autograd.grad(loss, z)[0].isnan().all()
 
 
-@pytest.mark.parametrize("form", ["index", "mixture"])
+# a thread a row, four, a warp, a warp whose rows start anywhere in a sector, a block, the last and the first of the passes
+SOFT_CLASSES = (1, 2, 3, 10, 36, 37, 100, 1003, 4096, 9201, 9202)
+
+
+@pytest.mark.parametrize("classes", SOFT_CLASSES)
+def test_probabilities(classes: int) -> None:
+    """Each class count with every dtype of logits and target, over the counts every penalty with every dtype."""
+    for i, (dtype, of_target) in enumerate(((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F32, F16), (F64, F64))):
+        if classes > 5000 and i % 3 != classes % 3:
+            continue
+        logits, _ = batch(37 if classes <= 100 else 3, classes, dtype)
+        target = probabilities(len(logits), classes, of_target, sparse=i % 2 == 1)
+        for options in ({}, EVERYTHING | {"weight": torch.rand(classes, dtype=F64 if dtype is F64 else F32) + 0.5}):
+            kind = DIVERSITIES[(SOFT_CLASSES.index(classes) + i) % 6]
+            soft("cuda", logits, target, diversity=kind, **options)
+
+
+def soft(backend: str, logits: Tensor, target: Tensor, **options: object) -> None:
+    """Against the reference, in float64 on the same numbers."""
+    z, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    exactly = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    loss = functional.cross_entropy(z, target, reduction="none", backend=backend, **options)
+    true = functional.cross_entropy(exact, target.double(), reduction="none", backend="reference", **exactly)
+    near(loss.detach(), true.detach(), BOUND[loss.dtype])
+    (dz,), (true_dz,) = torch.autograd.grad(loss.sum() * 64, z), torch.autograd.grad(true.sum() * 64, exact)  # float16's smallest
+    near(dz, true_dz, BOUND[loss.dtype], logits.dtype, 1)
+
+
+@pytest.mark.parametrize("kind", DIVERSITIES)
+def test_probabilities_of_many_masked_classes(kind: str | None) -> None:
+    """So many that a thread has nothing else; and the largest classes, or all, in one of them."""
+    logits, target = torch.randn(4, 1003), probabilities(4, 1003, F32)
+    logits[0, 40:] = -torch.inf
+    logits[1, :900] = -torch.inf
+    logits[2, 5] = 90.0
+    logits[3] = 1e4
+    target[logits == -torch.inf] = 0
+    soft("cuda", logits, target / target.sum(1, keepdim=True), diversity=kind)
+
+
+def test_probabilities_that_do_not_fit_are_refused() -> None:
+    operators = functional.backends.choose("cuda", torch.device("cpu"), "probabilities")
+    assert operators is not None
+    for target in (torch.rand(3, 5), torch.rand(3, 4, 1), torch.rand(3, 4, dtype=F64)):
+        with pytest.raises(RuntimeError, match="target must"):
+            operators.forward(torch.randn(3, 4), target, None, None, -100, 1, 0.0, 1, 1.0, 0.0, False, True)
+
+
+def of_form(form: str, labels: Tensor, classes: int) -> tuple[Any, Tensor | None]:
+    """The target of an operator, and its sample weights."""
+    if form == "mixture":
+        return reference.pack_mixture(mixture(labels, classes), None, F32)
+    return (labels if form == "index" else probabilities(len(labels), classes, F32)), None
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classes", [10, 700, 4096, 20000])
 def test_the_same_bits_again_and_few_launches(classes: int, form: str) -> None:
     sim = cuda_mode.simulator()
     logits, labels = batch(9, classes, F32)
-    target = labels if form == "index" else mixture(labels, classes)
+    target = mixture(labels, classes) if form == "mixture" else of_form(form, labels, classes)[0]
 
     def run() -> tuple[Tensor, Tensor]:
         z = logits.clone().requires_grad_()
@@ -240,13 +298,13 @@ def test_the_same_bits_again_and_few_launches(classes: int, form: str) -> None:
     assert torch.equal(a, b) and torch.equal(da, db)
 
 
-@pytest.mark.parametrize("form", ["index", "mixture"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classes", [10, 700, 4096])
 def test_rescale_decides_on_the_device(classes: int, form: str) -> None:
     operators = functional.backends.choose("cuda", torch.device("cpu"))
     assert operators is not None
     logits, target = batch(5, classes, F32)
-    target, shares = (target, None) if form == "index" else reference.pack_mixture(mixture(target, classes), None, F32)
+    target, shares = of_form(form, target, classes)
     arguments = (logits, target, None, shares, -100, 1, 0.0, 1, 1.0, 0.0)
     _, _, dlogits, moments = operators.forward(*arguments, False, True)
     marked = torch.full_like(dlogits, 7)

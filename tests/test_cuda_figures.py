@@ -30,6 +30,14 @@ MIXED: dict[int, dict[str, tuple[float, float]]] = {
     4096: {"forward": (1.04, 8.8), "backward": (1.02, 7.4), "fused": (1.03, 13.2)},
     32000: {"forward": (1.01, 7.9), "backward": (1.01, 6.8)},
 }
+# For class probabilities, given in bfloat16 too. Below 512 classes a warp has several rows, and each of its accesses takes part of
+# their sectors: the bytes are those, as if no cache kept the rest.
+PROBABILITIES: dict[int, dict[str, tuple[float, float]]] = {
+    10: {"forward": (10.1, 200), "fused": (10.7, 222)},
+    100: {"forward": (4.1, 95), "fused": (4.2, 112)},
+    1000: {"forward": (1.02, 79), "fused": (1.03, 96)},
+    4096: {"forward": (1.01, 83), "fused": (1.01, 98)},
+}
 # Special functions: an exponential a logit and that of the true class, whose logarithm and reciprocal are arithmetic; and at 100
 # classes and more the rows that go the careful way, and what moves the sums of the long ones.
 SPECIAL = {10: 1.1, 100: 1.03, 1000: 1.01, 4096: 1.01, 32000: 1.01}
@@ -42,7 +50,7 @@ def figures(name: str, classes: int, form: str = "index") -> tuple[float, float,
     import cudasim
     import roofline
 
-    operators = backends.choose("cuda", torch.device("cpu"))
+    operators = backends.choose("cuda", torch.device("cpu"), form)
     assert operators is not None
     options = functional.options_of(-100, "mean", 0.0, "logit_variance", 1.0, 0.0)
     rows = 8192 if classes <= 100 else max(16, 2_000_000 // classes)
@@ -52,6 +60,8 @@ def figures(name: str, classes: int, form: str = "index") -> tuple[float, float,
     if form == "mixture":
         pair = (target, torch.randint(classes, (rows,), generator=generator), torch.rand(rows, generator=generator))
         target, shares = reference.pack_mixture(pair, None, torch.float32)
+    if form == "probabilities":
+        target = torch.randn(rows, classes, generator=generator).softmax(1).to(torch.bfloat16)
     inputs = (logits, target, None, shares, *options)
     # one multiprocessor: blocks have many rows each, as they do where a batch fills a device
     cudasim._runtime.cudasim_set(sim._callback, 1, 9, 0, 232448)
@@ -87,4 +97,12 @@ def test_traffic_and_instructions_of_a_mixture(classes: int) -> None:
     for name, limits in MIXED[classes].items():
         found = figures(name, classes, "mixture")
         print("mixture", classes, name, found)
+        assert found[0] <= limits[0] and found[1] <= limits[1], (name, found)
+
+
+@pytest.mark.parametrize("classes", PROBABILITIES)
+def test_traffic_and_instructions_of_probabilities(classes: int) -> None:
+    for name, limits in PROBABILITIES[classes].items():
+        found = figures(name, classes, "probabilities")
+        print("probabilities", classes, name, found)
         assert found[0] <= limits[0] and found[1] <= limits[1], (name, found)

@@ -17,8 +17,8 @@ SHIM = """
 using namespace fastsoftloss::cuda;
 extern "C" {
 void plan_of(int64_t rows, int64_t classes, int bytes, int contiguous, int packed, int side, int weighted, int fused, int sms,
-             int64_t* out) {
-  const Plan p = plan({rows, classes, bytes, contiguous != 0, packed != 0, side != 0, weighted != 0, fused != 0}, sms);
+             int form, int64_t* out) {
+  const Plan p = plan({rows, classes, bytes, contiguous != 0, packed != 0, side != 0, weighted != 0, fused != 0, Form(form)}, sms);
   const Scratch s = scratch(p, rows, 9, fused != 0);
   const int64_t all[] = {int64_t(p.kernel), p.lanes, p.threads, p.tile_rows, p.splits, p.blocks, p.spread_splits, p.spread_blocks,
                          p.merge_blocks, p.shared,
@@ -30,7 +30,7 @@ int64_t kept_of(int64_t rows, int64_t classes, int mean, int floats) { return ke
 }
 """
 NAMES = ("kernel", "lanes", "threads", "tile_rows", "splits", "blocks", "spread_splits", "spread_blocks", "merge_blocks", "shared")
-TILE_STAGED, TILE_DIRECT, RESIDENT, STREAM, CAREFUL = range(5)
+TILE_STAGED, TILE_DIRECT, RESIDENT, STREAM, CAREFUL, PROBABILITIES_HELD, PROBABILITIES_PASSED = range(7)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,21 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def ask(
-    library, rows, classes, bytes=2, contiguous=True, packed=True, side_by_side=False, weighted=False, fused=True, sms=132
+    library, rows, classes, bytes=2, contiguous=True, packed=True, side_by_side=False, weighted=False, fused=True, sms=132, form=0
 ) -> dict[str, int]:
     out = (ctypes.c_int64 * 15)()
     library.plan_of(
-        ctypes.c_int64(rows), ctypes.c_int64(classes), bytes, contiguous, contiguous and packed, side_by_side, weighted, fused, sms, out
+        ctypes.c_int64(rows),
+        ctypes.c_int64(classes),
+        bytes,
+        contiguous,
+        contiguous and packed,
+        side_by_side,
+        weighted,
+        fused,
+        sms,
+        form,
+        out,
     )
     return dict(zip((*NAMES, "shares", "moments", "counter", "labels", "size"), out, strict=True))
 
@@ -90,6 +100,20 @@ def test_which_kernel(library) -> None:
     assert ask(library, 4096, 150, contiguous=False, side_by_side=True)["kernel"] == CAREFUL
     assert ask(library, 4096, 1000, bytes=8)["kernel"] == ask(library, 4096, 1000, weighted=True)["kernel"] == CAREFUL
     assert ask(library, 4096, 1)["kernel"] == CAREFUL, "no complement"
+
+
+def test_class_probabilities(library) -> None:
+    """Held rows fit 36 classes a thread wherever their first is in its sector; a group of more than a warp is the whole block."""
+    for rows, classes, size, weighted in itertools.product(ROWS, CLASSES, (2, 4, 8), (False, True)):
+        p = ask(library, rows, classes, size, weighted=weighted, form=2)
+        assert 1 <= p["blocks"] < 2**31 and p["splits"] == 1 and p["threads"] <= 256 and p["threads"] % p["lanes"] == 0
+        assert p["lanes"] & (p["lanes"] - 1) == 0 and (p["lanes"] <= 32 or p["lanes"] == p["threads"])
+        held = size < 8 and not weighted and classes <= 256 * 36 - 15
+        assert p["kernel"] == (PROBABILITIES_HELD if held else PROBABILITIES_PASSED)
+        if held:
+            assert classes + (15 if p["lanes"] >= 32 else 0) <= 36 * p["lanes"]
+        else:
+            assert p["lanes"] >= 4, "no more shared memory than there is without asking"
 
 
 def test_few_long_rows_are_shared_and_many_are_not(library) -> None:

@@ -1,11 +1,4 @@
-// Rows whose target is a probability for each class: the loss expected over the label, sum_k u_k loss(k) with u = w t.
-//
-// D_k leaves class k out. Taken from the sums over the whole row that is a subtraction, which cancels where k is most of a
-// sum: of exps only the largest logit is, of squares about the mean only the largest or the smallest. So these two,
-// the extremes, stay out of the sums over the rest, their complements are merged from it, and every other class is left out
-// of the whole. The penalty's gradient is then that of one RowGradient, the expectation of all, less at class k what k's
-// own has no business giving it: a RowGradient covers the complement of k, and the expectation added it everywhere.
-// Of logit_variance all this is polynomial in a class's distance from the mean, and three sums over the labels give it.
+// Rows whose target is a probability for each class: what row_probabilities.h makes of them, and why, is said there.
 //
 // A step is a vector of the classes of one row, or, in a tile, one class of as many rows as there are lanes. U is the type of
 // what a row has one of: a number, or a vector of them.
@@ -13,6 +6,7 @@
 
 #include <type_traits>
 
+#include "../row_probabilities.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -21,12 +15,10 @@ namespace FSL_ISA {
 namespace {
 
 template <class T, class U>
-struct ProbabilityRows {
+struct ProbabilityRows : Extremes<U> {
   using V = Vec<T>;
   int64_t steps;
-  T *z, *u, *exps, *own, *v;    // a vector a step, the last one of a row padded with classes that are not there; v: u smoothed
-  U weight, scale;              // of the row, NaN where +inf, or no class at all, make all of it NaN
-  U z_of[2], u_of[2], v_of[2];  // of the extremes, the largest and the smallest
+  T *z, *u, *exps, *own, *v;  // a vector a step, the last one of a row padded with classes that are not there; v: u smoothed
 
   static constexpr int kArrays = 5;
   ProbabilityRows(T* memory, int64_t steps, const LossOptions& o)
@@ -172,14 +164,6 @@ FSL_LOOP void read(const Tile<T>& tile, ProbabilityRows<T, Vec<T>>& to, Vec<T> (
   }
 }
 
-// The moments of the rest, and the sums over its labels that cross-entropy and logit_variance want.
-template <class U>
-struct Rest {
-  RowMoments<U> moments;
-  U u, v, vx;               // sums of u, of v, and of v (m - z), where 0 log 0 is 0 and log 0 is -inf
-  U shift, there, ud, udd;  // about shift, an offset from m: sums of u, u d and u d^2 over the classes that are there
-};
-
 // next: the row or tile to come.
 template <unsigned Needs, class T, class U>
 FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
@@ -212,55 +196,18 @@ FSL_LOOP Rest<U> reduce(const ProbabilityRows<T, U>& rows, const Row<T>& next) {
   return {moments<Needs>(acc, n, m, shift, join), join(u), join(v), join(vx), shift, join(there), join(ud), join(udd)};
 }
 
-// The moments of all classes, about their largest, less one of them that is no extreme.
-template <unsigned Needs, class U, class V>
-FSL_FN RowMoments<V> without(const RowMoments<U>& all, V x, V e) {
-  RowMoments<V> r;
-  const U left = max(all.n - U(1), U(1));
-  r.n = V(all.n - U(1));
-  r.m = V(all.m);
-  r.s1 = V(all.s1) - e;
-  if (Needs & kSquares) r.s2 = V(all.s2) - e * e;
-  if (Needs & kEntropy) r.sx = V(all.sx) - e * x;
-  if (Needs & kLogits) {
-    const V d = x - V(all.mean);
-    r.mean = V(all.mean) - d * V(U(1) / left);
-    r.m2 = V(all.m2) - d * d * V(all.n / left);
-  }
-  return r;
-}
-
-// What class k gets of the penalty besides the RowGradient is -u_k times `pull` (x_k - centre), x from the rest's m; or it is in `own`.
-template <class U>
-struct Own {
-  U pull{0}, centre{0};
-};
+// What no class gets of the RowGradient alone is in `own`.
 FSL_FN bool kept(const LossOptions& o) { return o.diversity != Diversity::none && o.diversity != Diversity::logit_variance; }
 
-// The penalty expected over the labels that are no extremes: its value, and the RowGradient about all.m.
-template <class U>
-FSL_FN Penalty<U> expected_variance(const LossOptions& o, const Rest<U>& rest, const RowMoments<U>& all, U step, Own<U>& own) {
-  const U one(1), left = max(all.n - one, one), inv = one / left, stretch = all.n * inv, off = all.mean - (rest.shift + step);
-  const U ud = rest.ud - off * rest.there, udd = rest.udd - off * (rest.ud + ud);  // about the mean of all
-  const U weight = select(left > one, U(2 * o.diversity_weight) * inv, U(0));      // one class has no spread
-  Penalty<U> out;
-  out.value = select(left > one, (all.m2 * rest.there - stretch * udd) * inv, U(0));
-  if (o.diversity_weight == 0) return out;
-  out.gradient.e1 = weight * rest.there;
-  out.gradient.e0 = weight * (ud * inv - rest.there * all.mean);
-  own.pull = weight * stretch, own.centre = rest.shift + off;
-  return out;
-}
-
-// The same where it is no polynomial. By value, and the penalty known: whatever no class changes is computed once.
+// The penalty expected over the labels that are no extremes, where it is no polynomial. By value, and the penalty known: whatever no
+// class changes is computed once.
 template <Diversity D, class T, class U>
 FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMoments<U> all, U rest_m) {
   using V = Vec<T>;
-  constexpr unsigned kNeeds = moments_of(D);
   o.diversity = D;
   const U down = select(rest_m == U(-Limits<T>::infinity()), U(0), rest_m - all.m);
-  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), one(1), m(all.m), masked(-Limits<T>::infinity());
-  V value(0), a(0), b(0), t(0), e0(0);
+  const V f(exp(max(down, U(-1000)))), inv_s1(U(1) / all.s1), zero(0), m(all.m), masked(-Limits<T>::infinity());
+  Penalty<V> sum;
   for (int64_t i = 0; i < rows.steps * V::kLanes; i += V::kLanes) {
     typedef uint64_t Word __attribute__((may_alias));
     uint64_t any = 0;  // read where they are: a copy of 64 bytes would be waited for
@@ -273,25 +220,12 @@ FSL_LOOP Penalty<U> expected(LossOptions o, ProbabilityRows<T, U> rows, RowMomen
     const auto there = z > masked;
     const V u = select(there, V::load(rows.u + i), zero), x = select(there, z - m, zero);
     const V e = select(there, f * V::load(rows.exps + i), zero);
-    const auto rest = without<kNeeds>(all, x, e);
-    const V p = e * inv_s1;
-    const Margin<V> y{rest.s1 * inv_s1, p, zero, zero, zero, one / (rest.s1 + select(rest.n > zero, zero, one))};
-    const Penalty<V> d = penalty_of(rest, y, one, o);
-    const RowGradient<V>& g = d.gradient;
-    value = value + u * d.value;
-    V factor = g.a;
-    a = a + u * g.a;
-    if (kNeeds & kSquares) b = b + u * g.b, factor = factor + g.b * e;
-    if (kNeeds & kEntropy) t = t + u * g.t, factor = factor + g.t * x;
-    V here = e * factor;
-    if (kNeeds & kLogits) e0 = e0 + u * g.e0, here = here + g.e0;
-    if (D == Diversity::variance) here = here - g.label;
-    (u * here).store(rows.own + i);
+    expect<D>(o, all, inv_s1, x, e, u, sum).store(rows.own + i);
   }
   Penalty<U> out;
-  out.value = joined<U>(value);
-  out.gradient.a = joined<U>(a), out.gradient.b = joined<U>(b), out.gradient.t = joined<U>(t);
-  out.gradient.e0 = joined<U>(e0);
+  const RowGradient<V>& g = sum.gradient;
+  out.value = joined<U>(sum.value);
+  out.gradient.a = joined<U>(g.a), out.gradient.b = joined<U>(g.b), out.gradient.t = joined<U>(g.t), out.gradient.e0 = joined<U>(g.e0);
   return out;
 }
 
@@ -311,58 +245,14 @@ FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& ro
   }
 }
 
-// One copy in the object code, whatever moments there are; those that are not are 0. The gradient is about the rest's m, with the extremes'
-// own elements beside it: `label` the largest's, `other` the smallest's.
+// One copy in the object code, whatever moments there are; those that are not are 0.
 template <class T, class U>
-FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest, Own<U>& slopes) {
-  const U zero(0), masked(-Limits<T>::infinity());
-  const RowMoments<U>& r = rest.moments;
-  const With<U> complement[2] = {with<kAllMoments>(r, rows.z_of[1], zero), with<kAllMoments>(r, rows.z_of[0], zero)};
-  const With<U> whole = with<kAllMoments>(complement[0].all, rows.z_of[0], zero);
-  const RowMoments<U>& all = whole.all;
-  const Margin<U> top = margin(complement[0].all, rows.z_of[0]), bottom = margin(complement[1].all, rows.z_of[1]);
-  const auto two = rows.z_of[1] > masked;
-  const U step = select(r.n > zero, r.m - rows.z_of[0], zero), to_low = select(two, rows.z_of[0] - rows.z_of[1], zero);
-  const U e_step = exp(max(step, U(-1000)));
-
-  const U v_others = rest.v + rows.v_of[1], v = v_others + rows.v_of[0], u = rest.u + rows.u_of[0] + rows.u_of[1];
-  const U lse = rows.z_of[0] + top.ce, slope = U(T(2 * o.z_loss)) * u * lse;
-  // sum of v_k (lse - z_k), each term positive where v is
-  const U ce = v * top.ce + (rest.vx - rest.v * step) + rows.v_of[1] * to_low;
-
-  RowGradient<U> g;
-  g.a = (v + slope) * e_step / all.s1;
-  // the largest's: whichever difference does not cancel
-  const U own = select(top.s > U(T(0.5)), v * top.p - rows.v_of[0], v_others - v * top.s);
-  U dz[2] = {own + slope * top.p, (v + slope) * bottom.p - rows.v_of[1]};
-  U penalty(0);
-  if (o.diversity != Diversity::none) {
-    const Penalty<U> most = kept(o) ? expected(o, rows, all, r.m) : expected_variance(o, rest, all, step, slopes);
-    penalty = most.value;
-    add(g, U(1), about(most.gradient, step, e_step));
-    dz[0] = dz[0] + slope_at(most.gradient, rows.z_of[0], whole.x, whole.e, zero);
-    dz[1] = dz[1] + slope_at(most.gradient, rows.z_of[1], zero - to_low, exp(zero - to_low), zero);
-    for (int i = 0; i < 2; ++i) {
-      const With<U>& c = complement[i];
-      const Penalty<U> d = penalty_of(c.all, i ? bottom : top, U(1), o);
-      penalty = penalty + rows.u_of[i] * d.value;
-      add(g, rows.u_of[i], about(d.gradient, c.down, c.e_down));
-      dz[i] = dz[i] + rows.u_of[i] * d.gradient.label;
-      // without a smallest one it is none of a complement
-      const U other = select(two, rows.z_of[1 - i], masked);
-      dz[1 - i] = dz[1 - i] + rows.u_of[i] * slope_at(d.gradient, other, c.x, c.e, zero);
-    }
-  }
-  g.label = dz[0], g.other = dz[1];
-
-  RowLoss<U> out;
-  out.loss = ce;
-  if (o.diversity_weight != 0) out.loss = out.loss + U(T(o.diversity_weight)) * penalty;
-  if (o.z_loss != 0) out.loss = out.loss + U(T(o.z_loss)) * u * lse * lse;
-  const U nan = select(r.s1 == r.s1, U(1), U(Limits<T>::quiet_NaN())), weight = nan * rows.weight;  // and a NaN does
-  out.loss = out.loss * weight, out.cross_entropy = ce * weight, out.diversity = penalty * weight;
-  add(out.gradient, nan * rows.scale, g);
-  return out;
+FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest, Own<U>& own) {
+  const Whole<U> whole = whole_row<U>(rows, rest.moments);
+  const RowMoments<U>& all = whole.row.all;
+  const Penalty<U> expectation =
+      o.diversity == Diversity::logit_variance ? expected_variance<U>(o, rows, rest, all, own) : expected(o, rows, all, rest.moments.m);
+  return finish<U>(rows, rest, whole, expectation, o);
 }
 
 // spread: one step.

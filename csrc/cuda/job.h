@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../row_loss.h"
+#include "plan.h"
 
 namespace fastsoftloss {
 namespace cuda {
@@ -28,8 +29,9 @@ struct Job {
 
   Operand logits, gradient, target, sample_weight, upstream;  // data null where absent; T but for logits, gradient and target
   int64_t logits_step = 0, gradient_step = 0;                 // bytes between classes
-  bool mixed = false;                                         // two labels a row, each with a sample weight
-  int64_t target_step = 0, sample_weight_step = 0;            // bytes between the two
+  Form form = Form::index;                                    // a mixture's labels have a sample weight each
+  int64_t target_step = 0, sample_weight_step = 0;            // bytes between the two, and between probabilities
+  Storage target_storage = Storage::float32;                  // of probabilities
   bool wide_target = true;                                    // int64, else int32
   bool rescale = false;                                       // leave the gradient as it is where the one upstream gradient is 1
   bool rescale_rows = false;                                  // or of rows whose own is
@@ -173,6 +175,17 @@ FSL_FN Row<T, kMixed> locate(const Job<T>& job, int64_t r) {
   return row;
 }
 
+template <class T>
+FSL_FN int64_t sample_weight_offset(const Job<T>& job, int64_t r) {
+  int64_t at = 0;
+  unfold(job, r, [&](int d, int64_t i) { at += i * job.sample_weight.stride[d]; });
+  return at;
+}
+template <class T>
+FSL_FN T sample_weight_of(const Job<T>& job, int64_t r) {
+  return job.sample_weight.data ? *reinterpret_cast<const T*>(job.sample_weight.data + sample_weight_offset(job, r)) : T(1);
+}
+
 // What a row counts for, by each of its labels: by whoever finishes it.
 template <class T, bool kMixed>
 struct Weights {
@@ -197,8 +210,7 @@ struct Weights {
     if (job.class_weight && row.label >= 0) of_class[0] = job.class_weight[row.label];
     if (job.class_weight && row.two()) of_class[1] = job.class_weight[row.other];
     if (!job.sample_weight.data) return;
-    int64_t at = 0;
-    unfold(job, r, [&](int d, int64_t i) { at += i * job.sample_weight.stride[d]; });
+    const int64_t at = sample_weight_offset(job, r);
     of_sample[0] = *reinterpret_cast<const T*>(job.sample_weight.data + at);
     if (kMixed) of_sample[1] = *reinterpret_cast<const T*>(job.sample_weight.data + at + job.sample_weight_step);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cross_entropy.h"
+#include "probabilities.cuh"
 #include "resident.cuh"
 #include "stream.cuh"
 #include "tile.cuh"
@@ -29,9 +30,37 @@ void launch_tile(const Job<float>& job, const Plan& p, cudaStream_t stream) {
   kernel<<<unsigned(p.blocks), p.threads, p.shared, stream>>>(job, p.lanes, p.tile_rows, in_twos);
 }
 
+template <Storage S, Diversity D, class T>
+void launch_probabilities(const Job<T>& job, const Plan& p, cudaStream_t stream) {
+  const int shared = p.threads / p.lanes * int(sizeof(Expectation<T>));
+  if constexpr (S != Storage::float64)
+    if (p.kernel == Kernel::probabilities_held)
+      return probabilities<S, D, true><<<unsigned(p.blocks), p.threads, shared, stream>>>(job, p.lanes);
+  probabilities<S, D, false><<<unsigned(p.blocks), p.threads, shared, stream>>>(job, p.lanes);
+}
+template <Storage S, class T>
+void launch_probabilities(const Job<T>& job, const Plan& p, cudaStream_t stream) {
+  switch (job.options.diversity) {
+    case Diversity::logit_variance:
+      return launch_probabilities<S, Diversity::logit_variance>(job, p, stream);
+    case Diversity::kl:
+      return launch_probabilities<S, Diversity::kl>(job, p, stream);
+    case Diversity::reverse_kl:
+      return launch_probabilities<S, Diversity::reverse_kl>(job, p, stream);
+    case Diversity::chi2:
+      return launch_probabilities<S, Diversity::chi2>(job, p, stream);
+    case Diversity::variance:
+      return launch_probabilities<S, Diversity::variance>(job, p, stream);
+    default:
+      return launch_probabilities<S, Diversity::none>(job, p, stream);
+  }
+}
+
 // The kernel that takes rows from logits to losses, and to the gradient where the job has a place for it.
 template <Storage S, bool kMixed, class T>
 void launch_rows(const Job<T>& job, const Plan& p, cudaStream_t stream) {
+  if constexpr (!kMixed)
+    if (job.form == Form::probabilities) return launch_probabilities<S>(job, p, stream);
   if constexpr (S != Storage::float64) {
     const unsigned needs = moments_of(job.options) & ~unsigned(kWeighted);
     switch (p.kernel) {
@@ -72,7 +101,11 @@ cudaError_t forward_of(Job<T> job, const Plan& p, cudaStream_t stream) {
   if (reduced && job.mean && job.gradient.data) {
     // the divisor comes first, since every gradient wants it; then the last block to finish writes the total
     job.share_count = share_count(job.rows);
-    divisors<kMixed><<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares), const_cast<int16_t*>(job.labels));
+    if (job.form == Form::probabilities) {
+      sample_weights<<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares));
+    } else {
+      divisors<kMixed><<<job.share_count, 256, 0, stream>>>(job, const_cast<T*>(job.shares), const_cast<int16_t*>(job.labels));
+    }
     launch_rows<S, kMixed>(job, p, stream);
   } else {
     job.counter = nullptr, job.shares = nullptr, job.labels = nullptr;  // an empty gradient has no address either
@@ -100,11 +133,11 @@ cudaError_t backward_of(Job<T> job, const Plan& p, cudaStream_t stream) {
 
 template <Storage S, class T>
 cudaError_t forward(Job<T> job, const Plan& p, cudaStream_t stream) {
-  return job.mixed ? forward_of<S, true>(job, p, stream) : forward_of<S, false>(job, p, stream);
+  return job.form == Form::mixture ? forward_of<S, true>(job, p, stream) : forward_of<S, false>(job, p, stream);
 }
 template <Storage S, class T>
 cudaError_t backward(Job<T> job, const Plan& p, cudaStream_t stream) {
-  return job.mixed ? backward_of<S, true>(job, p, stream) : backward_of<S, false>(job, p, stream);
+  return job.form == Form::mixture ? backward_of<S, true>(job, p, stream) : backward_of<S, false>(job, p, stream);
 }
 
 }  // namespace cuda

@@ -11,7 +11,7 @@ __global__ void outside(const __grid_constant__ Job<float> job, unsigned long lo
 }
 
 cudaError_t find_outside(const Job<float>& job, unsigned long long* row, cudaStream_t stream) {
-  const auto kernel = job.mixed ? outside<true> : outside<false>;
+  const auto kernel = job.form == Form::mixture ? outside<true> : outside<false>;
   kernel<<<unsigned(at_most(divide_up(job.rows, 256), 4096)), 256, 0, stream>>>(job, row);
   return cudaGetLastError();
 }

@@ -6,12 +6,18 @@
 namespace fastsoftloss {
 namespace cuda {
 
+// What a row's target is: a class, two classes with a weight each, or a probability for each class.
+enum class Form : int { index, mixture, probabilities };
+
 enum class Kernel : int {
   tile_staged,   // few classes, rows one behind the other: through shared memory
   tile_direct,   // few classes, any strides
   resident,      // a row in the registers of a group of threads
   stream,        // a row in passes, by several blocks where there are few rows
   careful_rows,  // everything else
+  // of class probabilities:
+  probabilities_held,    // in the registers of a group of threads
+  probabilities_passed,  // in passes
 };
 
 struct Batch {
@@ -22,7 +28,7 @@ struct Batch {
   bool side_by_side;  // neighbouring rows are neighbours in memory
   bool weighted;      // class weights under label smoothing
   bool fused;         // the gradient is wanted in the pass that gives the losses
-  bool mixed;         // two labels a row
+  Form form;
 };
 
 struct Plan {
@@ -41,12 +47,13 @@ struct Plan {
 constexpr int64_t kTileClasses = 512;     // up to here a row has few threads, and need not be aligned
 constexpr int64_t kFusedClasses = 16384;  // up to here the forward writes the gradient too
 constexpr int64_t kKeptClasses = 1024;    // from here the forward keeps six floats a row for the backward
+constexpr int kProbabilitiesHeld = 36;    // classes a thread: 32, and some for what a row starts before
 constexpr int kMostShares = 256;
 constexpr int kMostSplits = 4096;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int power_of_two(int64_t n, int least, int most) {
   int p = least;
   while (p < n && p < most) p *= 2;
@@ -62,8 +69,16 @@ inline Plan plan(const Batch& b, int multiprocessors) {
   Plan p{};
   p.splits = 1;
   p.threads = 128;
-  const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2 + b.mixed;  // some class is no label
-  if (quick && b.packed && b.classes <= kTileClasses) {
+  const bool quick = b.bytes < 8 && !b.weighted && b.classes >= 2 + (b.form == Form::mixture);  // some class is no label
+  if (b.form == Form::probabilities) {
+    // a warp starts where a sector does, which may be up to 15 classes before the first
+    const int64_t most = b.classes + (b.classes > 512 ? 15 : 0);
+    const bool held = b.bytes < 8 && !b.weighted && most <= 256 * kProbabilitiesHeld;
+    p.kernel = held ? Kernel::probabilities_held : Kernel::probabilities_passed;
+    p.lanes = held ? power_of_two(divide_up(most, kProbabilitiesHeld), 1, 256) : power_of_two(divide_up(b.classes, 8), 4, 256);
+    p.threads = p.lanes > 32 ? p.lanes : 128;
+    p.blocks = at_most(divide_up(b.rows, p.threads / p.lanes), wave);
+  } else if (quick && b.packed && b.classes <= kTileClasses) {
     p.kernel = Kernel::tile_staged;
     p.lanes = power_of_two(divide_up(b.classes, 32), 1, 16);
     const int rows_at_once = p.threads / p.lanes;

@@ -54,21 +54,32 @@ __global__ void __launch_bounds__(256) total(const __grid_constant__ Job<T> job,
   write_total(job, blocks);
 }
 
-// What the mean divides by, where it has to be known before the first gradient is written: its terms. The labels are kept
-// where there is a place, so that they need not be read once more.
-template <bool kMixed, class T>
-__global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
+// What the mean divides by, where it has to be known before the first gradient is written: its terms. share(r): row r's.
+template <class T, class F>
+FSL_DEVICE void write_shares(const Job<T>& job, T* shares, F share) {
   T sum[1] = {0};
 #pragma unroll 1  // the trip count would be a division
-  for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) {
-    const Labels<kMixed> row = labels_of<kMixed>(job, r);
-    if (labels) labels[r] = int16_t(row.label);
-    if (row.counts()) sum[0] += Weights<T, kMixed>(job, r, row).share();
-  }
+  for (int64_t r = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < job.rows; r += int64_t(gridDim.x) * blockDim.x) sum[0] += share(r);
   block_sum(sum);
   if (threadIdx.x != 0) return;
   shares[blockIdx.x] = sum[0];
   if (blockIdx.x == 0) *job.counter = 0;
+}
+
+// The labels are kept where there is a place, so that they need not be read once more.
+template <bool kMixed, class T>
+__global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> job, T* shares, int16_t* labels) {
+  write_shares(job, shares, [&](int64_t r) {
+    const Labels<kMixed> row = labels_of<kMixed>(job, r);
+    if (labels) labels[r] = int16_t(row.label);
+    return row.counts() ? Weights<T, kMixed>(job, r, row).share() : T(0);
+  });
+}
+
+// Of rows without labels, which count for their sample weight; for nothing where there is no class.
+template <class T>
+__global__ void __launch_bounds__(256) sample_weights(const __grid_constant__ Job<T> job, T* shares) {
+  write_shares(job, shares, [&](int64_t r) { return job.classes > 0 ? sample_weight_of(job, r) : T(0); });
 }
 
 // What a thread's rows add up to.
@@ -124,8 +135,8 @@ FSL_DEVICE bool settled(const Job<T>& job) {
   return job.rescale && *job.one_upstream == T(1);
 }
 // And of one row.
-template <class T, bool kMixed>
-FSL_DEVICE bool settled(const Job<T>& job, const Row<T, kMixed>& row) {
+template <class T, class R>
+FSL_DEVICE bool settled(const Job<T>& job, const R& row) {
   return job.rescale_rows && row.upstream == T(1);
 }
 
