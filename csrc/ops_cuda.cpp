@@ -368,7 +368,7 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
   Tensor components = parts ? empty(logits, shape, dims + 1, type) : vector_of(logits, 0, type);
   Tensor dlogits = gradient ? torch::stable::empty_like(logits) : vector_of(logits, 0, logits.scalar_type());
   Tensor moments = vector_of(logits, kept(rows, classes, reduction == kMean, kept_of(in)), type);
-  if (rows == 0) {
+  if (rows == 0 || (classes == 0 && form_of(in) == Form::probabilities)) {  // no row that counts
     const double nothing = reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : 0;
     torch::stable::fill_(loss, nothing);
     torch::stable::fill_(components, nothing);
