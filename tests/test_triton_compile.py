@@ -103,16 +103,16 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     k, s = case.classes, case.class_stride
     p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept, labels=2 if case.form == "mixture" else 1)
     if case.form == "probabilities":
-        p = soft_plan(4096, k, BYTES[dtype], 132)
+        p = soft_plan(4096, k, [s], [[k * s]], BYTES[dtype], 132)
     absent = case.absent + (() if case.form == "mixture" else SECOND)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
         "KIND": diversity, "SMOOTH": False, "Z_LOSS": False, "REDUCTION": 1, "DIMS": 1, "SAME": True, "WIDE": False, "RESCALE": False,
         "UPSTREAM_ROWS": False, "SHARES": 1, "COPIES": max(1, 32 * p.warps // p.r), "K": k, "A": p.a, "R": p.r, "B": p.b, "L": p.b,
-        "SPLITS": 1, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
+        "SPLITS": 1, "V": p.vector, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
     }  # fmt: skip
     if case.form != "probabilities":
-        constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector}
+        constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align}
     if name in NO_LOGITS:
         constants |= {"R": 256 if case.form == "mixture" else 512, "BLOCK": 1024}
     signature: dict[str, str] = {}
