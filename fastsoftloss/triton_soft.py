@@ -149,8 +149,8 @@ def _live(z, c, K, HOLES: tl.constexpr):
 
 @triton.jit
 def _below(z, m, live):
-    """(z less m, of hi as of m itself; e^that) of the classes there are, else 0."""
-    x = tl.where(live, tl.minimum(z, m) - m, 0.0)
+    """(z less m, of hi as of m itself, NaN of NaN; e^that) of the classes there are, else 0."""
+    x = tl.where(live, tl.minimum(z, m, propagate_nan=tl.PropagateNan.ALL) - m, 0.0)
     return x, tl.where(live, _exp(x), 0.0)
 
 
@@ -323,7 +323,7 @@ def _loss(
                 c = column + i
                 z, u_k, _ = _read(place, c, reads, K, HELD, V, SMOOTH, DTYPE)
                 live = _live(z, c, K, HOLES)
-                x = tl.where(live, tl.minimum(z, m_) - m_, 0.0)
+                x, _ = _below(z, m_, live)
                 from_mean = tl.where(live, tl.maximum(x, low_) - mean_, 0.0)
                 dev += _sum(from_mean * from_mean)
                 u_k = _of_rest(tl.where(z > m_, 0.0, u_k), x, low_, live, HOLES) * from_mean
