@@ -332,9 +332,8 @@ def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | 
     if probabilities is None:
         return call, rows, rows.plan(call.logits, dlogits is not None, labels=2 if call.form == "mixture" else 1), dlogits
     strides = rows.strides if rows.rows > 1 else []
-    chosen = soft_plan(
-        rows.rows, rows.classes, rows.class_strides, strides, call.logits.element_size(), _multiprocessors(call.logits.device)
-    )
+    itemsize, multiprocessors = call.logits.element_size(), _multiprocessors(call.logits.device)
+    chosen = soft_plan(rows.rows, rows.classes, rows.class_strides, strides, itemsize, multiprocessors, call.diversity)
     return call, rows, chosen, dlogits
 
 

@@ -23,6 +23,9 @@ _REGISTERS = 255  # that a thread can have
 _ALL_REGISTERS = 65536  # of a multiprocessor
 
 
+_CLOSED = tuple(ops.DIVERSITIES.index(d) for d in (None, "logit_variance"))
+
+
 class Plan(NamedTuple):
     """How a call is laid out on the device.
 
@@ -171,17 +174,25 @@ def plan(
 
 
 def soft_plan(
-    rows: int, classes: int, class_strides: Sequence[int], row_strides: Sequence[Sequence[int]], itemsize: int, multiprocessors: int
+    rows: int,
+    classes: int,
+    class_strides: Sequence[int],
+    row_strides: Sequence[Sequence[int]],
+    itemsize: int,
+    multiprocessors: int,
+    diversity: int,
 ) -> SoftPlan:
     """The plan for ``rows`` x ``classes`` logits and class probabilities.
 
     Args:
         class_strides, row_strides: of every tensor that has the shape of the logits, as of ``plan``.
+        diversity: its place in ``ops.DIVERSITIES``.
     """
     vector = _VECTOR_BYTES // max(itemsize, 4) if all(s == 1 for s in class_strides) else 1
     while any(s % vector for s in (classes, *(s for strides in row_strides for s in strides))):
         vector //= 2
-    each = (64 if itemsize == 2 else 32) if itemsize < 8 else 8  # elements a thread; more would spill
+    # elements a thread; more would spill, and so would those of which more is held than the sums that make the variance's expectation
+    each = 8 if itemsize == 8 else 32 if diversity in _CLOSED else 16
     b = min(256, max(2 // vector, 1, _pow2(-(-classes // each))))  # of single ones the classes would be dealt out to threads as neighbours
     a = min(each // vector, _pow2(-(-classes // (b * vector))))
     warps = max(1, b // 32)

@@ -65,6 +65,7 @@ CASES = {
     "spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=PLAIN),
     "long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=PLAIN),
     "probabilities": Case(triton_soft.soft, 100, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
+    "wide probabilities": Case(triton_soft.soft, 4096, gradient=True, absent=FUSED, form="probabilities", stores=False),
     "flat mixture": Case(triton_kernels.resident, 10, gradient=True, absent=MIXED, form="mixture"),
     "wide flat mixture": Case(triton_kernels.resident, 100, gradient=True, absent=MIXED, form="mixture"),
     "strided mixture": Case(triton_kernels.resident, 19, 4096, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
@@ -103,7 +104,7 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     k, s = case.classes, case.class_stride
     p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept, labels=2 if case.form == "mixture" else 1)
     if case.form == "probabilities":
-        p = soft_plan(4096, k, [s], [[k * s]], BYTES[dtype], 132)
+        p = soft_plan(4096, k, [s], [[k * s]], BYTES[dtype], 132, diversity)
     absent = case.absent + (() if case.form == "mixture" else SECOND)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
