@@ -15,7 +15,7 @@ A program reads its rows in tiles [A, R, L, V], class (a L + l) V + v of row r: 
 each step; the rows of a program are few enough for a cache to hold them.
 """
 
-# ruff: noqa: F821, SIM109 (see triton_finish)
+# ruff: noqa: F821, SIM108, SIM109 (see triton_finish)
 import triton
 import triton.language as tl
 
@@ -112,7 +112,7 @@ def _at(rows, c, V: tl.constexpr):
 
 @triton.jit
 def _read(place, c, reads, K, HELD: tl.constexpr, V: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):
-    """(z, u, v) of classes c: the logit, w t, and the same with label smoothing; beyond the classes -inf and 0, and 0 in a row that asks for nothing.
+    """(z, u, v) of classes c: the logit, w t, and the same with label smoothing; beyond the classes -inf and 0.
 
     place: (logits, probabilities, which lie as ``_at`` has them, label smoothing's factor and share, class weights, a tile that is HELD).
     """
@@ -231,9 +231,13 @@ def _add(sums, u, of):
 @triton.jit
 def _loss(
     place, gradient, ends, column, reads, end, scale, sample, diversity_weight, z_loss, K,
-    HELD: tl.constexpr, HOLES: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr,
+    HELD: tl.constexpr, HOLES: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+    V: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(loss, cross-entropy, D) of rows, and their gradient written where its pointer is given. ends: of ``_ends``. HOLES: classes may be masked."""
+    """(loss, cross-entropy, D) of rows, and their gradient written where its pointer is given.
+
+    ends: of ``_ends``. HELD: of ``_read``. HOLES: classes may be masked.
+    """
     A: tl.constexpr = column.shape[0]
     B: tl.constexpr = column.shape[2] * V
     LO: tl.constexpr = KIND == LOGIT_VARIANCE or KIND == REVERSE_KL
@@ -430,7 +434,8 @@ def soft(
 ):  # fmt: skip
     """The loss, and the gradient where g_ptr is given; pointers as ``triton_kernels.resident`` has them.
 
-    u0..u3, uc: strides of the probabilities over the rows and classes. Every row of logits, probabilities and gradient begins at a multiple of V.
+    u0..u3, uc: strides of the probabilities over the rows and classes. Every row of logits, probabilities and gradient begins
+    at a multiple of V.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)

@@ -126,7 +126,7 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
         elif argument.endswith("_ptr"):
             signature[argument] = POINTERS.get(argument, f"*{arithmetic}").replace("Z", dtype)
             if argument == "target_ptr" and case.form == "probabilities":
-                signature[argument] = f"*{dtype}"
+                signature[argument] = f"*{arithmetic}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp64" if argument in DOUBLES else "i32"
