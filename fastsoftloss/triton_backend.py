@@ -311,7 +311,7 @@ def _soft(
         rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments("stu"),
         **call.values(), **call.kinds(), **above, **outputs,
         RESCALE=rescale, SHARES=1 if shares is None else shares.numel(),
-        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, B=chosen.b, **_compiled(chosen),
+        UPSTREAM_ROWS=above["upstream_stride"] != 0, A=chosen.a, R=chosen.r, L=chosen.b, V=chosen.vector, **_compiled(chosen),
     )  # fmt: skip
 
 
@@ -331,7 +331,9 @@ def _prepare(call: _Call, dlogits: Tensor | None) -> tuple[_Call, _Rows, Plan | 
     rows = _Rows(call.logits, dlogits, probabilities)
     if probabilities is None:
         return call, rows, rows.plan(call.logits, dlogits is not None, labels=2 if call.form == "mixture" else 1), dlogits
-    chosen = soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device))
+    strides = rows.strides if rows.rows > 1 else []
+    itemsize, multiprocessors = call.logits.element_size(), _multiprocessors(call.logits.device)
+    chosen = soft_plan(rows.rows, rows.classes, rows.class_strides, strides, itemsize, multiprocessors, call.diversity)
     return call, rows, chosen, dlogits
 
 

@@ -23,6 +23,9 @@ _REGISTERS = 255  # that a thread can have
 _ALL_REGISTERS = 65536  # of a multiprocessor
 
 
+_CLOSED = tuple(ops.DIVERSITIES.index(d) for d in (None, "logit_variance"))
+
+
 class Plan(NamedTuple):
     """How a call is laid out on the device.
 
@@ -53,11 +56,12 @@ class Plan(NamedTuple):
 
 
 class SoftPlan(NamedTuple):
-    """For class probabilities: tiles ``[a, r, b]``, class a * b + b of row r, as many as the row asks for."""
+    """For class probabilities: tiles ``[a, r, b, vector]``, class (a * b + b) * vector + vector of row r, as many as the row asks for."""
 
     a: int
     r: int
     b: int
+    vector: int
     warps: int
     registers: int  # as of ``Plan``
     programs: int
@@ -169,11 +173,28 @@ def plan(
     return Plan(True, access, a, r, b, vector, run, align, start, warps, registers, programs, 1)
 
 
-def soft_plan(rows: int, classes: int, itemsize: int, multiprocessors: int) -> SoftPlan:
-    """The plan for ``rows`` x ``classes`` logits and class probabilities."""
-    each = 16 if itemsize < 8 else 4  # elements a thread; more would spill
-    b = min(256, max(2, _pow2(-(-classes // each))))  # with one the classes would be dealt out to threads as neighbours
-    a = min(each, _pow2(-(-classes // b)))
-    warps = max(4, b // 32)
-    r = 32 * warps // b
-    return SoftPlan(a, r, b, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))
+def soft_plan(
+    rows: int,
+    classes: int,
+    class_strides: Sequence[int],
+    row_strides: Sequence[Sequence[int]],
+    itemsize: int,
+    multiprocessors: int,
+    diversity: int,
+) -> SoftPlan:
+    """The plan for ``rows`` x ``classes`` logits and class probabilities.
+
+    Args:
+        class_strides, row_strides: of every tensor that has the shape of the logits, as of ``plan``.
+        diversity: its place in ``ops.DIVERSITIES``.
+    """
+    vector = _VECTOR_BYTES // max(itemsize, 4) if all(s == 1 for s in class_strides) else 1
+    while any(s % vector for s in (classes, *(s for strides in row_strides for s in strides))):
+        vector //= 2
+    # elements a thread; more would spill, and so would those of which more is held than the sums that make the variance's expectation
+    each = 8 if itemsize == 8 else 32 if diversity in _CLOSED else 16
+    b = min(256, max(2 // vector, 1, _pow2(-(-classes // each))))  # of single ones the classes would be dealt out to threads as neighbours
+    a = min(each // vector, _pow2(-(-classes // (b * vector))))
+    warps = max(1, b // 32)
+    r = max(1, 32 // b)
+    return SoftPlan(a, r, b, vector, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))

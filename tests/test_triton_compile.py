@@ -65,6 +65,7 @@ CASES = {
     "spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=PLAIN),
     "long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=PLAIN),
     "probabilities": Case(triton_soft.soft, 100, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
+    "wide probabilities": Case(triton_soft.soft, 4096, gradient=True, absent=FUSED, form="probabilities", stores=False),
     "flat mixture": Case(triton_kernels.resident, 10, gradient=True, absent=MIXED, form="mixture"),
     "wide flat mixture": Case(triton_kernels.resident, 100, gradient=True, absent=MIXED, form="mixture"),
     "strided mixture": Case(triton_kernels.resident, 19, 4096, gradient=True, absent=MIXED, form="mixture", loads=False, stores=False),
@@ -103,16 +104,16 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     k, s = case.classes, case.class_stride
     p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept, labels=2 if case.form == "mixture" else 1)
     if case.form == "probabilities":
-        p = soft_plan(4096, k, BYTES[dtype], 132)
+        p = soft_plan(4096, k, [s], [[k * s]], BYTES[dtype], 132, diversity)
     absent = case.absent + (() if case.form == "mixture" else SECOND)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
         "KIND": diversity, "SMOOTH": False, "Z_LOSS": False, "REDUCTION": 1, "DIMS": 1, "SAME": True, "WIDE": False, "RESCALE": False,
         "UPSTREAM_ROWS": False, "SHARES": 1, "COPIES": max(1, 32 * p.warps // p.r), "K": k, "A": p.a, "R": p.r, "B": p.b, "L": p.b,
-        "SPLITS": 1, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
+        "SPLITS": 1, "V": p.vector, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
     }  # fmt: skip
     if case.form != "probabilities":
-        constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align, "V": p.vector}
+        constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align}
     if name in NO_LOGITS:
         constants |= {"R": 256 if case.form == "mixture" else 512, "BLOCK": 1024}
     signature: dict[str, str] = {}
@@ -125,7 +126,7 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
         elif argument.endswith("_ptr"):
             signature[argument] = POINTERS.get(argument, f"*{arithmetic}").replace("Z", dtype)
             if argument == "target_ptr" and case.form == "probabilities":
-                signature[argument] = f"*{dtype}"
+                signature[argument] = f"*{arithmetic}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp64" if argument in DOUBLES else "i32"

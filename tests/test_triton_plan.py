@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from fastsoftloss import ops
 from fastsoftloss.triton_backend import collapse
 from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, plan, soft_plan
 
@@ -38,14 +39,23 @@ def test_tiles_cover_every_row_and_class(itemsize: int, aligned: bool, class_str
             assert_shared(plan(rows, classes, class_stride, [classes * class_stride], itemsize, aligned, 132, True, True), rows, classes)
 
 
-@pytest.mark.parametrize("itemsize", (2, 4, 8))
-def test_tiles_of_class_probabilities(itemsize: int) -> None:
+@pytest.mark.parametrize("diversity", range(len(ops.DIVERSITIES)))
+@pytest.mark.parametrize(("itemsize", "class_stride"), list(itertools.product((2, 4, 8), (1, 49))))
+def test_tiles_of_class_probabilities(itemsize: int, class_stride: int, diversity: int) -> None:
     for rows, classes in ROWS_AND_CLASSES:
-        p = soft_plan(rows, classes, itemsize, 132)
-        assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.warps)) and p.programs >= 1
+        p = soft_plan(rows, classes, [class_stride], [[classes * class_stride]], itemsize, 132, diversity)
+        assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.vector, p.warps)) and p.programs >= 1
+        assert classes % p.vector == 0 and p.vector * max(itemsize, 4) <= 16 and (p.vector == 1 or class_stride == 1)
+        assert p.b * p.vector >= 2, "with one the classes would be dealt out to threads as neighbours"
         assert p.r * p.b == 32 * p.warps, "a thread has part of one row, which no other thread has too"
-        assert p.a * p.r * p.b <= 32 * p.warps * (16 if itemsize < 8 else 4), "elements a thread"
+        assert p.a * p.vector <= (32 if itemsize < 8 else 8), "elements a thread"
         assert 32 * p.warps * p.registers <= 65536
+
+
+def test_neighbours_of_class_probabilities_begin_where_every_row_does() -> None:
+    assert soft_plan(64, 1000, [1, 1], [[1000], [1000]], 2, 132, 1).vector == 4
+    assert soft_plan(64, 1000, [1, 1], [[1000], [1002]], 2, 132, 1).vector == 2
+    assert soft_plan(64, 1003, [1, 1], [[1003], [1003]], 2, 132, 1).vector == 1
 
 
 def assert_shared(p: Plan, rows: int, classes: int) -> None:
