@@ -3,6 +3,7 @@
 // Python, a module of its own that carries torch's version in its name; under any other the one in Python does the same.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -57,9 +58,10 @@ Tensor backward(const Tensor& upstream, const Tensor& moments, const Inputs& in)
 }
 
 constexpr c10::DispatchKeySet kTransforms({DispatchKey::Python, DispatchKey::Batched, DispatchKey::FuncTorchBatched,
-                                           DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize});
+                                           DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize, DispatchKey::Negative,
+                                           DispatchKey::ZeroTensor});
 
-// Has a value in host memory.
+// Has its values in host memory, as they are.
 bool is_plain(const Tensor& t) { return t.is_cpu() && !t.key_set().has_any(kTransforms); }
 
 // The gradient for an upstream of 1 made that for `upstream`, in place; nothing where only the backward can do so without
@@ -234,7 +236,7 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   if (PyErr_Occurred()) return nullptr;
   const bool transformed = c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-                           at::impl::torch_function_mode_enabled();
+                           at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled();
   if (transformed || !read_tensor(args[0], in.logits) || !read_constant(args[2], in.weight) || !read_constant(args[3], in.sample_weight) ||
       (PyTuple_CheckExact(args[1]) && in.sample_weight) || !read_target(args[1], args[6] == Py_True, in))
     Py_RETURN_NONE;

@@ -267,6 +267,17 @@ void check_soft(int64_t rows, int64_t classes, Diversity diversity) {
   }
 }
 
+// A NaN is no extreme of its row, whatever lies around it in its lane: all of the row is NaN, and nothing behind it is written to.
+template <class T>
+void check_nan(int64_t classes, int64_t place) {
+  auto logits = block<T>(classes), probabilities = block<T>(classes);
+  for (int64_t i = 0; i < classes; ++i) logits[i] = -Limits<T>::infinity(), probabilities[i] = T(1) / T(classes);
+  logits[classes / 25] = 1, logits[place] = Limits<T>::quiet_NaN();
+  for (int d = 0; d <= int(Diversity::variance); ++d)
+    for (double value : run_form<T>(Form::probabilities, logits.get(), 1, classes, probabilities.get(), nullptr, static_cast<Diversity>(d)))
+      if (++values, value == value) std::printf("not NaN: %g of %ld classes\n", value, long(classes)), ++failures;
+}
+
 template <class T>
 void check_all(const Kernels<T>& (*kernels_for)(unsigned), const char* isa, Storage storage, bool thorough) {
   const int64_t tile[] = {1, 2, 10, 15, 16, 17, 255, 256, 257, 400};                       // with a class stride: two looks at 257
@@ -312,6 +323,12 @@ int main() {
       if (classes > 1000 && d > 1) continue;
       check_soft<float>(classes > 1000 ? 1 : 19, classes, static_cast<Diversity>(d));
       if (classes < 400) check_soft<double>(9, classes, static_cast<Diversity>(d));
+    }
+  for (int64_t classes : {2, 3, 256, 300, 5003})  // tiles, a row, and one with a tail in another lane
+    for (int64_t place = 0; place < classes; place = place * 2 + 1) {
+      if (place == classes / 25) continue;
+      check_nan<float>(classes, place), check_nan<float>(classes, classes - 1 - place / 2);
+      check_nan<double>(classes, place), check_nan<double>(classes, classes - 1 - place / 2);
     }
   check_isa(nullptr, nullptr, instruction_set());
   check_isa(baseline::kernels<float>, baseline::kernels<double>, "baseline kernels");

@@ -201,3 +201,21 @@ def test_no_reference_is_left_behind():
     gc.collect()
     after = [sys.getrefcount(one) for one in (z, y, mixed, None)], len(gc.get_objects())
     assert all(abs(a - b) < 100 for a, b in zip(before[0], after[0], strict=True)) and abs(before[1] - after[1]) < 100
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_under_a_dispatch_mode_the_operators_are_seen(form):
+    """Fake tensors have no values, and a tracer would take what was packed out of its sight for a constant."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    logits, target = torch.randn(5, 6), target_of(form, 5, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(functional.cross_entropy(logits, target), FakeTensor)
+
+
+def test_a_mixing_weight_that_is_a_negated_view():
+    mix = torch.tensor([0.2 - 0.3j]).conj().imag
+    logits, labels = torch.randn(1, 6), torch.tensor([3])
+    assert mix.is_neg()
+    expected = functional.cross_entropy(logits, (labels, labels - 1, mix.resolve_neg()))
+    assert torch.equal(functional.cross_entropy(logits, (labels, labels - 1, mix)), expected)

@@ -116,6 +116,24 @@ def test_a_mixture_is_the_two_losses(backend, kind, classes, dtype):
         check(backend, logits, (*target[:2], 0.3), diversity=kind, diversity_weight=0.7, **extra)
 
 
+@pytest.mark.parametrize("kind", DIVERSITIES)
+@pytest.mark.parametrize("classes", [2, 5, 300])  # a tile, one with masked classes, a row
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_nan_is_no_extreme_of_its_row(backend, kind, classes, dtype):
+    """Wherever it stands among masked classes, all of the row is NaN, as in PyTorch, and only of that."""
+    for place in {classes - 1, classes - 8, 1} & set(range(classes)):
+        logits = torch.randn(2, classes, dtype=dtype)
+        logits[0, 1:] = -INF
+        logits[0, place] = NAN
+        z = logits.requires_grad_()
+        target = torch.full((2, classes), 1 / classes, dtype=dtype)
+        options = dict(reduction="none", diversity=kind, return_components=True, backend=backend)
+        loss, cross_entropy, _ = functional.cross_entropy(z, target, **options)
+        (gradient,) = torch.autograd.grad(loss.sum(), z)
+        for of in (loss, cross_entropy, gradient):
+            assert of[0].isnan().all() and not of[1].isnan().any()
+
+
 @pytest.mark.parametrize("kind", ["logit_variance", "kl"])
 def test_the_largest_logits_far_from_the_rest_of_a_long_row(backend, kind):
     """Each in another part of it."""

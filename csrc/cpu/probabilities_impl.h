@@ -82,7 +82,7 @@ FSL_LOOP Ends<T> ends(const T* z, int64_t steps) {
     r.first = select(r.most < zi, at, r.first);
     r.most = max(r.most, zi);
     if (kBoth) {
-      const V present = select(zi == V(0) - inf, inf, zi);
+      const V present = select(zi > V(0) - inf, zi, inf);  // neither -inf nor NaN
       const auto above = r.least < present;
       r.last = select(above, r.last, at);
       r.least = select(above, r.least, present);

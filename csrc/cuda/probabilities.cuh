@@ -240,11 +240,13 @@ struct Expectation {
   Rest<T> rest;
   Whole<T> whole;
   RowGradient<T> gradient;
+  Own<T> own;
 };
 
 template <Storage S, Diversity D, bool kHeld, class T>
 __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ Job<T> job, int lanes) {
   constexpr unsigned kNeeds = moments_of(D);
+  constexpr bool kPolynomial = D == Diversity::logit_variance, kEach = D != Diversity::none && !kPolynomial;
   constexpr T infinity = Limits<T>::infinity();
   __shared__ T exchange[kMostWarps * kMostSums];
   extern __shared__ uint4 stage[];
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     const T n = masked ? count[0] : T(at_least(job.classes - (kNeeds & kLogits ? 2 : 1), 0)), shift = count[1] / max(count[0], T(1)) - at;
 
     // reduce
-    T sums[3] = {0, 0, 0}, labels[3] = {0, 0, 0};
+    T sums[3] = {0, 0, 0}, labels[3] = {0, 0, 0}, apart[3] = {0, 0, 0};
     classes.each([&](T z, T& u, int k) {
       const T x = z - at, e = quick_exp(x), v = classes.smoothed(u, k);
       const bool there = !(z == -infinity);
@@ -299,6 +301,10 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
       if (kNeeds & kLogits) {
         const T d = there ? x - shift : T(0);
         sums[1] += d, sums[2] += d * d;
+        if (kPolynomial) {
+          const T weight = there ? u : T(0), first = weight * d;
+          apart[0] += weight, apart[1] += first, apart[2] += first * d;
+        }
       }
       labels[0] += u, labels[2] -= v * seen;
       if (!kHeld) labels[1] += v;
@@ -311,6 +317,7 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
       });
     group.sum_for_first(sums);
     group.sum_for_first(labels);
+    if (kPolynomial) group.sum_for_first(apart);
     if (group.lane == 0) {
       RowMoments<T> moments;
       moments.n = n, moments.m = m, moments.s1 = sums[0];
@@ -322,7 +329,7 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
       }
       const T top = told.ends.z_of[0];
       if (sums[0] != sums[0] || !(abs(top) < infinity)) told.ends.weight = told.ends.scale = Limits<T>::quiet_NaN();
-      told.rest = {moments, labels[0], labels[1], labels[2]};
+      told.rest = {moments, labels[0], labels[1], labels[2], shift, apart[0], apart[1], apart[2]};
       told.whole = whole_row(told.ends, moments);
     }
     group.sync();
@@ -332,20 +339,20 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     const T inv_s1 = inverse(all.s1);
     const auto own_of = [&](T z, T u, int k, Penalty<T>& sum) {
       const T own = -classes.smoothed(u, k);
-      if (D == Diversity::none) return own;
       const bool seen = z > -infinity;
       const T x = seen ? z - all.m : T(0), e = seen ? quick_exp(x) : T(0);
       return own - expect<D>(options, all, inv_s1, x, e, seen ? u : T(0), sum);
     };
     Penalty<T> sum;
-    if (D != Diversity::none) {
+    if constexpr (kEach) {
       classes.each([&](T z, T& u, int k) { u = own_of(z, u, k, sum); });
-      T terms[5] = {sum.value, sum.gradient.a, sum.gradient.b + sum.gradient.t, sum.gradient.e0, sum.gradient.e1};
+      T terms[4] = {sum.value, sum.gradient.a, sum.gradient.b + sum.gradient.t, sum.gradient.e0};
       group.sum_for_first(terms);
-      sum.value = terms[0], sum.gradient.a = terms[1], sum.gradient.e0 = terms[3], sum.gradient.e1 = terms[4];
+      sum.value = terms[0], sum.gradient.a = terms[1], sum.gradient.e0 = terms[3];
       (D == Diversity::kl ? sum.gradient.t : sum.gradient.b) = terms[2];
     }
     if (group.lane == 0) {
+      if constexpr (kPolynomial) sum = expected_variance(options, told.ends, told.rest, all, told.own = Own<T>());
       const RowLoss<T> out = finish(told.ends, told.rest, told.whole, sum, options);
       tally.add(job, r, job.classes > 0 ? row.weight : T(0), out);
       told.gradient = out.gradient;
@@ -356,10 +363,17 @@ __global__ void __launch_bounds__(256, 1) probabilities(const __grid_constant__ 
     // spread
     const RowGradient<T> g = told.gradient;
     const T scale_of_row = told.ends.scale;
+    const Own<T> polynomial = told.own;
     classes.write([&](T z, T& u, int k) {
       Penalty<T> again;
-      const T own = kHeld && D != Diversity::none ? u : own_of(z, u, k, again);
       const T x = z - at, e = quick_exp(x);
+      T own;
+      if constexpr (kEach) {
+        own = kHeld ? u : own_of(z, u, k, again);
+      } else {
+        own = -classes.smoothed(u, k);
+        if (kPolynomial) own -= z > -infinity ? polynomial.pull * (u * (x - polynomial.centre)) : T(0);
+      }
       T factor = g.a;
       if (kNeeds & kSquares) factor += g.b * e;
       if (kNeeds & kEntropy) factor += g.t * max(x, T(-1000));
