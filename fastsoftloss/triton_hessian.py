@@ -7,7 +7,7 @@ own x_j. A row of two labels is one row twice, each with a complement of its own
 Rows are read in tiles, as ``triton_soft`` reads them, where one tile is not the whole row once more for each step.
 """
 
-# ruff: noqa: F821, RUF005, SIM102 (see triton_finish)
+# ruff: noqa: F821, RUF005, SIM109 (see triton_finish)
 import triton
 import triton.language as tl
 
