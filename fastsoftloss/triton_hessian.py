@@ -87,7 +87,10 @@ def _penalty_along(n, inverse_n, inverse_s1, values, s2, v2, vx, mean_v, v, s, p
 def _finish_along(
     moments, sums, m, z_y, v_y, label, options, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr
 ):  # fmt: skip
-    """Moments and the sums of v -> (<dL/dz, v>, the tangent of dz_y, and as (A, P, E0) what ``_curvature`` shares and gives each v)."""
+    """Moments and the sums of v -> (<dL/dz, v>, and of H v: that of the true class, what the complement shares, what each v meets).
+
+    The last two are (A, P, E0) as spread takes them.
+    """
     n, inverse_n, s1, s2, sx, sw = moments
     v1, v2, vx, dv, v, wv = sums
     _, w_y, sample, counted, good = label
@@ -148,10 +151,14 @@ def _finish_along(
 
 
 @triton.jit
-def _curvature(x, e, v, shared, own, KIND: tl.constexpr):
-    """H v of classes of the complement."""
-    through_row = _spread(x, e, None, shared[0], shared[1], shared[2], 0.0, KIND, False)
-    return through_row + v * _spread(x, e, None, own[0], own[1], own[2], 0.0, KIND, False)
+def _curvature(z, c, v, of_label, KIND: tl.constexpr):
+    """What one label makes of H v. of_label: (does it count, its class, the base, and of H v what ``_finish_along`` gives)."""
+    live, y, base, g_v, shared, own = of_label
+    inside, x, e = _read_complement(z, c, y, base)
+    h = _spread(x, e, None, shared[0], shared[1], shared[2], 0.0, KIND, False)
+    h += v * _spread(x, e, None, own[0], own[1], own[2], 0.0, KIND, False)
+    h = tl.where(inside, h, shared[0] * 0.0)  # NaN in a NaN row
+    return tl.where(live, tl.where(c == y, g_v, h), 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
@@ -178,7 +185,7 @@ def hessian(
     samples = (sample_ptr, other_sample_ptr, sample_stride)
     options = (K, smoothing, diversity_weight, z_loss)
     column = tl.expand_dims(tl.expand_dims(tl.arange(0, A) * B, 1), 1) + tl.expand_dims(tl.expand_dims(tl.arange(0, B), 0), 0)  # [A, 1, B]
-    scale_all, _ = _scale(shares_ptr, None, None, SHARES, False, False, DTYPE)
+    scale_all = _scale(shares_ptr, None, None, SHARES, False, False, DTYPE)[0]
     for tile in range(program, tl.cdiv(rows, R), programs):
         row = tile * R + tl.arange(0, R)
         here = row < rows
@@ -194,11 +201,10 @@ def hessian(
         any_live = here & (here == 0)
         found = ()
         for i in tl.static_range(len(labels)):
-            y, _, _, counted, good = labels[i]
-            live = counted & good
+            live = labels[i][3] & labels[i][4]
             any_live = any_live | live
             reads = _across(live)
-            y = _across(y)
+            y = _across(labels[i][0])
 
             # ---- the largest logit of the complement, and what its mean is near
             m, n, total = none - inf, none, none
@@ -273,12 +279,9 @@ def hessian(
             c = column + k
             z = _read(logits, c, reads, K, DTYPE)
             v = tl.load(_at(direction, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
-            h = tl.zeros_like(z)
-            for i in tl.static_range(len(labels)):
-                live, y, base, g_v, shared, own = found[i]
-                inside, x, e = _read_complement(z, c, y, base)
-                h_i = tl.where(inside, _curvature(x, e, v, shared, own, KIND), shared[0] * 0.0)  # NaN in a NaN row
-                h += tl.where(live, tl.where(c == y, g_v, h_i), 0.0)
+            h = _curvature(z, c, v, found[0], KIND)
+            if len(labels) == 2:
+                h += _curvature(z, c, v, found[1], KIND)
             tl.store(_at(gradient, c), h.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))
     if REDUCTION != NONE:
         total = tl.sum(acc, 0)
