@@ -17,7 +17,18 @@ from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
 from fastsoftloss import triton_rows as long
 from fastsoftloss.triton_hessian import hessian
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, outputs, plan, soft_plan
+from fastsoftloss.triton_plan import (
+    MAX_ROW_DIMS,
+    ROWS,
+    HessianPlan,
+    Plan,
+    SoftPlan,
+    chunks_at_a_time,
+    hessian_plan,
+    outputs,
+    plan,
+    soft_plan,
+)
 from fastsoftloss.triton_soft import soft
 
 _NONE, _MEAN, _SUM = (ops.REDUCTIONS.index(name) for name in ("none", "mean", "sum"))
@@ -40,7 +51,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _compiled(chosen: Plan | SoftPlan) -> dict[str, int | None]:
+def _compiled(chosen: Plan | SoftPlan | HessianPlan) -> dict[str, int | None]:
     """How a plan's kernel is compiled; AMD's compiler takes no limit of registers."""
     return {"num_warps": chosen.warps} | ({} if torch.version.hip else {"maxnreg": chosen.registers})
 
@@ -411,7 +422,10 @@ def double_backward(grad: Tensor, upstream: Tensor, *inputs: Any) -> tuple[Tenso
 
 
 def _hessian(call: _Call, rows: _Rows, grad: Tensor, upstream: Tensor, slope: Tensor, dz: Tensor) -> None:
-    chosen = soft_plan(rows.rows, rows.classes, call.logits.element_size(), _multiprocessors(call.logits.device))
+    contiguous = call.logits.is_contiguous() and dz.is_contiguous() and grad.is_contiguous() and rows.class_strides[0] == 1
+    aligned = rows.aligned and grad.data_ptr() % 16 == 0
+    multiprocessors, labels = _multiprocessors(call.logits.device), 2 if call.form == "mixture" else 1
+    chosen = hessian_plan(rows.rows, rows.classes, contiguous and aligned, call.logits.element_size(), multiprocessors, labels)
     if call.diversity_weight == 0:
         call = call._replace(diversity=0)
     shares, counter = _shares(call, rows) if call.reduction == _MEAN else (None, None)
@@ -420,7 +434,7 @@ def _hessian(call: _Call, rows: _Rows, grad: Tensor, upstream: Tensor, slope: Te
         z_ptr=call.logits, g_ptr=dz, v_ptr=grad, slope_ptr=slope, partials_ptr=partials, shares_ptr=shares, counter_ptr=counter,
         rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments("stu"),
         **call.labels(), **call.samples(), **call.values(), **call.kinds(), **_above(upstream),
-        SHARES=1 if shares is None else shares.numel(), A=chosen.a, R=chosen.r, B=chosen.b,
+        SHARES=1 if shares is None else shares.numel(), A=chosen.a, R=chosen.r, B=chosen.b, P=chosen.run,
         COPIES=max(1, 32 * chosen.warps // chosen.r), **_compiled(chosen),
     )  # fmt: skip
     if call.reduction == _SUM:

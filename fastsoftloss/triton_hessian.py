@@ -4,7 +4,8 @@ After reduce the sums of v, by which every moment has a tangent; finish gives th
 one and of the other: (H v)_j is what dz_j changes by through the row's scalars, and v_j times what it changes by through its
 own x_j. A row of two labels is one row twice, each with a complement of its own.
 
-Rows are read in tiles, as ``triton_soft`` reads them, where one tile is not the whole row once more for each step.
+Tiles are [A, R, B], class a * B + b of row r. One that is the whole row is read once, with few classes of contiguous rows as
+one run of memory; of longer rows a program reads tile after tile, once for each step.
 """
 
 # ruff: noqa: F821, RUF005, SIM109 (see triton_finish)
@@ -27,6 +28,7 @@ from fastsoftloss.triton_finish import (
     _finite,
     _keep_rows,
     _keep_totals,
+    _left_out,
     _logits_of,
     _offset,
     _option,
@@ -38,12 +40,28 @@ from fastsoftloss.triton_finish import (
     _spread,
     _two_sum_error,
 )
-from fastsoftloss.triton_kernels import _dot, _max, _sum
+from fastsoftloss.triton_kernels import _dot, _load_run, _max, _store_run, _sum
 from fastsoftloss.triton_soft import _at, _read
 
 
 @triton.jit
-def _read_complement(z, c, y, base):
+def _read_both(logits, direction, c, reads, K, DTYPE: tl.constexpr):
+    """(z, v) of classes c, which lie as ``_at`` has them."""
+    v = tl.load(_at(direction, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
+    return _read(logits, c, reads, K, DTYPE), v
+
+
+@triton.jit
+def _tile(whole, logits, direction, c, reads, K, DTYPE: tl.constexpr):
+    """(z, v) of classes c: the whole row's, where it is given."""
+    if whole is None:
+        return _read_both(logits, direction, c, reads, K, DTYPE)
+    else:
+        return whole
+
+
+@triton.jit
+def _complement(z, c, y, base):
     """(who is of the complement of class y, x = z - base and e^x of those, 0 of the others)."""
     inside = (z != -float("inf")) & (c != y)
     x = tl.where(inside, z - base, 0.0)
@@ -152,13 +170,13 @@ def _finish_along(
 
 @triton.jit
 def _curvature(z, c, v, of_label, KIND: tl.constexpr):
-    """What one label makes of H v. of_label: (does it count, its class, the base, and of H v what ``_finish_along`` gives)."""
-    live, y, base, g_v, shared, own = of_label
-    inside, x, e = _read_complement(z, c, y, base)
+    """What one label makes of H v. of_label: (its class, the base, and of H v what ``_finish_along`` gives)."""
+    y, base, g_v, shared, own = of_label
+    inside, x, e = _complement(z, c, y, base)
     h = _spread(x, e, None, shared[0], shared[1], shared[2], 0.0, KIND, False)
     h += v * _spread(x, e, None, own[0], own[1], own[2], 0.0, KIND, False)
     h = tl.where(inside, h, shared[0] * 0.0)  # NaN in a NaN row
-    return tl.where(live, tl.where(c == y, g_v, h), 0.0)
+    return tl.where(c == y, g_v, h)
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
@@ -168,11 +186,12 @@ def hessian(
     rows, classes, n1, n2, n3, s0, s1, s2, s3, sc, t0, t1, t2, t3, tc, u0, u1, u2, u3, uc, target_stride, sample_stride, upstream_stride,
     ignore_index, smoothing: "fp64", diversity_weight: "fp64", z_loss: "fp64",
     K: tl.constexpr, KIND: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, REDUCTION: tl.constexpr,
-    DIMS: tl.constexpr, SHARES: tl.constexpr, A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, COPIES: tl.constexpr,
+    DIMS: tl.constexpr, SHARES: tl.constexpr, A: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """g_ptr: H v times the upstream gradient; slope_ptr: <dL/dz, v>, a row or summed as ``triton_kernels.resident`` sums the loss.
 
-    u0..u3, uc: strides of v over the rows and classes. upstream_stride: 0 where one is that of all rows.
+    u0..u3, uc: strides of v over the rows and classes. upstream_stride: 0 where one is that of all rows. P: elements of the run
+    that logits, v and H v are each read and written by, all contiguous, or 0.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -195,22 +214,30 @@ def hessian(
         v_row = _offset(row, n1, n2, n3, u0, u1, u2, u3, DIMS)
         logits = (z_ptr, _across(z_row), sc)
         direction = (v_ptr, _across(v_row), uc)
-        z_of = _logits_of(z_ptr, z_row, sc, labels, DTYPE)
-        v_of = _logits_of(v_ptr, v_row, uc, labels, DTYPE)
         slope = none
-        any_live = here & (here == 0)
+        reads = _across(_left_out(labels)[2])
+        whole = None
+        if P != 0:
+            logits_run = _load_run(z_ptr, tile, rows, K, A, R, B, P)[0].to(DTYPE)
+            direction_run = _load_run(v_ptr, tile, rows, K, A, R, B, P)[0].to(DTYPE)
+            asked = (column < K) & reads
+            whole = (tl.where(asked, logits_run, tl.where(reads, -inf, 0.0)), tl.where(asked, direction_run, 0.0))
+        elif A * B >= K:
+            whole = _read_both(logits, direction, column, reads, K, DTYPE)
         found = ()
         for i in tl.static_range(len(labels)):
             live = labels[i][3] & labels[i][4]
-            any_live = any_live | live
-            reads = _across(live)
             y = _across(labels[i][0])
+            if whole is None:
+                z_y, v_y = _logits_of(z_ptr, z_row, sc, labels, DTYPE)[i], _logits_of(v_ptr, v_row, uc, labels, DTYPE)[i]
+            else:
+                z_y, v_y = _sum(tl.where(column == y, whole[0], 0.0)), _sum(tl.where(column == y, whole[1], 0.0))
 
             # ---- the largest logit of the complement, and what its mean is near
             m, n, total = none - inf, none, none
             for k in range(0, end, A * B):
                 c = column + k
-                z = _read(logits, c, reads, K, DTYPE)
+                z = _read(logits, c, reads, K, DTYPE) if whole is None else whole[0]
                 inside = (z != -inf) & (c != y)
                 m = tl.maximum(m, _max(tl.where(inside, z, -inf)))
                 if KIND != 0:
@@ -226,9 +253,8 @@ def hessian(
             v1, v2, vx, dv, v_all, wv = none, none, none, none, none, none
             for k in range(0, end, A * B):
                 c = column + k
-                z = _read(logits, c, reads, K, DTYPE)
-                v = tl.load(_at(direction, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
-                inside, x, e = _read_complement(z, c, y, base_)
+                z, v = _tile(whole, logits, direction, c, reads, K, DTYPE)
+                inside, x, e = _complement(z, c, y, base_)
                 if SMOOTH:
                     others = (c < K) & (c != y)
                     if weight_ptr is None:
@@ -241,7 +267,7 @@ def hessian(
                 v = tl.where(inside, v, 0.0)
                 ev = e * v
                 sum1 += _sum(e)
-                v1 += _sum(tl.where(inside, ev, 0.0))
+                v1 += _dot(e, v, inside)
                 if KIND == CHI2 or KIND == VARIANCE:
                     sum2 += _dot(e, e, inside)
                     v2 += _dot(e, ev, inside)
@@ -259,14 +285,12 @@ def hessian(
             # ---- finish
             moments = (n, inverse_n, sum1, sum2, sumx, sumw)
             slope_i, g_v, shared, own = _finish_along(
-                moments, (v1, v2, vx, dv, v_all, wv), m, z_of[i], v_of[i], labels[i], options, KIND, SMOOTH, Z_LOSS
+                moments, (v1, v2, vx, dv, v_all, wv), m, z_y, v_y, labels[i], options, KIND, SMOOTH, Z_LOSS
             )
             # a mean's 1/0 where no row counts stays out of the gradient, and so does what comes from above for a row that does not
             slope += tl.where(live, slope_i * scale_all, 0.0)
             scale = tl.where(live, scale_all * upstream, 0.0)
-            found = found + (
-                (reads, y, base_, _across(g_v * scale), _each_across(_scaled(shared, scale)), _each_across(_scaled(own, scale))),
-            )
+            found = found + ((y, base_, _across(g_v * scale), _each_across(_scaled(shared, scale)), _each_across(_scaled(own, scale))),)
         if REDUCTION == NONE:
             _keep_rows(slope_ptr, None, row, rows, slope, slope, slope)
         else:
@@ -274,15 +298,17 @@ def hessian(
 
         # ---- spread
         gradient = (g_ptr, _across(_offset(row, n1, n2, n3, t0, t1, t2, t3, DIMS)), tc)
-        reads = _across(any_live)
         for k in range(0, end, A * B):
             c = column + k
-            z = _read(logits, c, reads, K, DTYPE)
-            v = tl.load(_at(direction, c), mask=(c < K) & reads, other=0.0).to(DTYPE)
+            z, v = _tile(whole, logits, direction, c, reads, K, DTYPE)
             h = _curvature(z, c, v, found[0], KIND)
             if len(labels) == 2:
                 h += _curvature(z, c, v, found[1], KIND)
-            tl.store(_at(gradient, c), h.to(g_ptr.dtype.element_ty), mask=(c < K) & _across(here))
+            h = h.to(g_ptr.dtype.element_ty)
+            if P != 0:
+                _store_run(g_ptr, tile, rows, K, h, A, R, B, P)
+            else:
+                tl.store(_at(gradient, c), h, mask=(c < K) & _across(here))
     if REDUCTION != NONE:
         total = tl.sum(acc, 0)
         _keep_totals(partials_ptr, None, slope_ptr, None, counter_ptr, total, total, total, total, SUM)
