@@ -117,7 +117,8 @@ template <class T>
 FSL_FN T along(const RowGradient<Dual<T>>& g, const RowMoments<Dual<T>>& r, T label, T other, T masked, bool smoothing) {
   const T half(T(0.5)), v = r.n.value * r.mean.tangent;  // v: its sum
   T sum = g.a.value * r.s1.tangent + half * g.b.value * r.s2.tangent + g.t.value * (r.sx.tangent - r.s1.tangent);
-  sum = sum + (half * g.e1.value * r.m2.tangent + (g.e0.value + g.e1.value * r.mean.value) * v) + g.ew.value * r.swx.tangent;
+  const T squares = select(g.e1.value == T(0), T(0), half * g.e1.value * r.m2.tangent);  // which may be no number where nobody asks
+  sum = sum + (squares + (g.e0.value + g.e1.value * r.mean.value) * v) + g.ew.value * r.swx.tangent;
   if (smoothing) sum = sum + g.masked.value * masked;
   return sum + g.label.value * label + g.other.value * other;
 }

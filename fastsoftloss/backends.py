@@ -35,7 +35,7 @@ def _eager() -> Callable[..., Any] | None:
 
 
 def _load_cpu() -> None:
-    operators = ops.define("cross_entropy", forms=ops.FORMS, double_backward=True)
+    operators = ops.define("cross_entropy", forms=ops.FORMS, double_backward=ops.define_double_backward("cross_entropy"))
     try:
         kernels = importlib.import_module("fastsoftloss._C")
     except ImportError as error:
@@ -44,10 +44,6 @@ def _load_cpu() -> None:
     else:
         _ready["cpu"] = operators._replace(eager=_eager())
         _detail["cpu"] = f", {kernels.instruction_set()}, autograd in {'Python' if _ready['cpu'].eager is None else 'C++'}"
-
-
-_cuda = ops.define("cuda_cross_entropy", cuda_backend.rescale, cuda_backend.outputs, tuple(cuda_backend.KEPT))
-ops.define_rescale("cuda_cross_entropy")
 
 
 def enable_cuda() -> None:
@@ -74,14 +70,24 @@ def _load_triton() -> None:
     def later(function: str) -> Callable[..., Any]:  # importing triton takes longer than all the rest, and not every process needs it
         return lambda *args: getattr(importlib.import_module("fastsoftloss.triton_backend"), function)(*args)
 
-    _ready["triton"] = ops.define("triton_cross_entropy", later("rescale"), triton_plan.outputs, ops.FORMS)
+    second = ops.define_double_backward("triton_cross_entropy")
+    _ready["triton"] = ops.define("triton_cross_entropy", later("rescale"), triton_plan.outputs, ops.FORMS, second)
     ops.implement("triton_cross_entropy", later("forward"), ("CUDA", "CPU"))
     ops.implement("triton_cross_entropy_backward", later("backward"), ("CUDA", "CPU"))
+    ops.implement("triton_cross_entropy_double_backward", later("double_backward"), ("CUDA", "CPU"))
 
 
 _load_cpu()
-_load_cuda()
 _load_triton()
+_cuda = ops.define(
+    "cuda_cross_entropy",
+    cuda_backend.rescale,
+    cuda_backend.outputs,
+    tuple(cuda_backend.KEPT),
+    _ready["triton"].double_backward if "triton" in _ready else None,  # CUDA tensors of either backend
+)
+ops.define_rescale("cuda_cross_entropy")
+_load_cuda()
 
 # what is chosen where nobody asks for a backend, known beforehand
 quick = None if _override or "cpu" not in _ready else _ready["cpu"].eager

@@ -157,12 +157,12 @@ def define(
     rescale: Callable[..., Tensor | None] | None = None,
     outputs: Callable[[Tensor, Tensor, int, bool], tuple[int, bool]] = _no_moments,
     forms: tuple[str, ...] = ("index",),
-    double_backward: bool = False,
+    double_backward: Any = None,
 ) -> Operators:
     """Define ``fastsoftloss::{name}`` and ``fastsoftloss::{name}_backward``; their kernels are registered beside them.
 
     ``outputs(logits, target, reduction, gradient)`` gives the size of ``moments``, and whether the forward writes the gradient.
-    ``double_backward``: there is a ``fastsoftloss::{name}_double_backward`` too.
+    ``double_backward``: the operator of the second derivative, as :func:`define_double_backward` gives it.
     """
     _library.define(f"{name}{_FORWARD}")  # type: ignore[no-untyped-call]
     _library.define(f"{name}_backward{_BACKWARD}")  # type: ignore[no-untyped-call]
@@ -216,11 +216,12 @@ def define(
 
     torch.library.register_autograd(f"fastsoftloss::{name}", forward_gradient, setup_context=save, lib=_library)
     torch.library.register_autograd(f"fastsoftloss::{name}_backward", backward_gradient, setup_context=save_backward, lib=_library)
-    operators = Operators(forward, backward, rescale, forms, _define_double_backward(name) if double_backward else None)
+    operators = Operators(forward, backward, rescale, forms, double_backward)
     return operators
 
 
-def _define_double_backward(name: str) -> Any:
+def define_double_backward(name: str) -> Any:
+    """Define ``fastsoftloss::{name}_double_backward``, the derivative of ``fastsoftloss::{name}_backward``."""
     _library.define(f"{name}_double_backward{_DOUBLE_BACKWARD}")  # type: ignore[no-untyped-call]
 
     def fake(grad, upstream, logits, target, weight, sample_weight, *_):  # type: ignore[no-untyped-def]

@@ -16,10 +16,22 @@ from fastsoftloss import ops, reference
 from fastsoftloss import triton_finish as finish
 from fastsoftloss import triton_kernels as kernels
 from fastsoftloss import triton_rows as long
-from fastsoftloss.triton_plan import MAX_ROW_DIMS, ROWS, Plan, SoftPlan, chunks_at_a_time, outputs, plan, soft_plan
+from fastsoftloss.triton_hessian import hessian
+from fastsoftloss.triton_plan import (
+    MAX_ROW_DIMS,
+    ROWS,
+    HessianPlan,
+    Plan,
+    SoftPlan,
+    chunks_at_a_time,
+    hessian_plan,
+    outputs,
+    plan,
+    soft_plan,
+)
 from fastsoftloss.triton_soft import soft
 
-_NONE, _MEAN = (ops.REDUCTIONS.index(name) for name in ("none", "mean"))
+_NONE, _MEAN, _SUM = (ops.REDUCTIONS.index(name) for name in ("none", "mean", "sum"))
 _LIMIT_INT32 = 2**31
 
 
@@ -39,7 +51,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _compiled(chosen: Plan | SoftPlan) -> dict[str, int | None]:
+def _compiled(chosen: Plan | SoftPlan | HessianPlan) -> dict[str, int | None]:
     """How a plan's kernel is compiled; AMD's compiler takes no limit of registers."""
     return {"num_warps": chosen.warps} | ({} if torch.version.hip else {"maxnreg": chosen.registers})
 
@@ -380,3 +392,52 @@ def rescale(dlogits: Tensor, upstream: Tensor, moments: Tensor, logits: Tensor, 
     if dlogits.shape != logits.shape:
         return None
     return _gradient(dlogits, upstream, moments, (logits, *inputs), rescale=True)
+
+
+def double_backward(grad: Tensor, upstream: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """The operator ``fastsoftloss::triton_cross_entropy_double_backward``: (<dL/dz, v>, H v times ``upstream``), v = ``grad``.
+
+    Raises RuntimeError where ``grad`` has not the shape and dtype of the logits or ``upstream`` not the shape of the loss, and for
+    class probabilities.
+    """
+    call = _Call(*inputs)
+    logits = call.logits
+    shape = ops.rows_of(logits) if call.reduction == _NONE else torch.Size()
+    dtype = reference.accumulation_dtype(logits.dtype)
+    if grad.shape != logits.shape or grad.dtype != logits.dtype:
+        raise RuntimeError("the gradient of dlogits must have the shape, the dtype and the device of logits")
+    if upstream.shape != shape or upstream.dtype != dtype:
+        raise RuntimeError("the upstream gradient must have the shape and the dtype of the loss")
+    if call.form == "probabilities":
+        raise RuntimeError("class probabilities have no fused second derivative")
+    dlogits = torch.empty_like(logits)
+    slope = logits.new_empty(shape, dtype=dtype)
+    if logits.numel() == 0:
+        return slope.zero_(), dlogits
+    rows, dz = _Rows(logits, dlogits, grad), dlogits
+    if len(rows.sizes) > MAX_ROW_DIMS:  # as in _prepare
+        call, dz, grad = call._replace(logits=logits.contiguous()), dlogits.contiguous(), grad.contiguous()
+        rows = _Rows(call.logits, dz, grad)
+    with _on(logits.device):
+        _hessian(call, rows, grad, upstream, slope, dz)
+    return slope, dlogits if dz is dlogits else dlogits.copy_(dz)
+
+
+def _hessian(call: _Call, rows: _Rows, grad: Tensor, upstream: Tensor, slope: Tensor, dz: Tensor) -> None:
+    contiguous = call.logits.is_contiguous() and dz.is_contiguous() and grad.is_contiguous() and rows.class_strides[0] == 1
+    aligned = rows.aligned and grad.data_ptr() % 16 == 0
+    multiprocessors, labels = _multiprocessors(call.logits.device), 2 if call.form == "mixture" else 1
+    chosen = hessian_plan(rows.rows, rows.classes, contiguous and aligned, call.logits.element_size(), multiprocessors, labels)
+    if call.diversity_weight == 0:
+        call = call._replace(diversity=0)
+    shares, counter = _shares(call, rows) if call.reduction == _MEAN else (None, None)
+    partials = None if call.reduction == _NONE else slope.new_empty(2 * chosen.programs)
+    hessian[(chosen.programs,)](
+        z_ptr=call.logits, g_ptr=dz, v_ptr=grad, slope_ptr=slope, partials_ptr=partials, shares_ptr=shares, counter_ptr=counter,
+        rows=rows.rows, classes=rows.classes, K=rows.classes, DIMS=len(rows.sizes), **rows.arguments("stu"),
+        **call.labels(), **call.samples(), **call.values(), **call.kinds(), **_above(upstream),
+        SHARES=1 if shares is None else shares.numel(), A=chosen.a, R=chosen.r, B=chosen.b, P=chosen.run,
+        COPIES=max(1, 32 * chosen.warps // chosen.r), **_compiled(chosen),
+    )  # fmt: skip
+    if call.reduction == _SUM:
+        finish.total[(1,)](partials, None, slope, None, chosen.programs, REDUCTION=_SUM, BLOCK=1024, num_warps=4)

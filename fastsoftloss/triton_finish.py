@@ -29,6 +29,7 @@ CHI2 = tl.constexpr(4)
 VARIANCE = tl.constexpr(5)
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
+SUM = tl.constexpr(2)
 
 
 # ---------------------------------------------------------------- scalars

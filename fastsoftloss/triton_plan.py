@@ -198,3 +198,29 @@ def soft_plan(
     warps = max(1, b // 32)
     r = max(1, 32 // b)
     return SoftPlan(a, r, b, vector, warps, _REGISTERS, min(-(-rows // r), 32 // warps * multiprocessors))
+
+
+class HessianPlan(NamedTuple):
+    """For the second derivative: tiles as of ``SoftPlan``, by runs as of ``Plan``."""
+
+    a: int
+    r: int
+    b: int
+    run: int
+    warps: int
+    registers: int
+    programs: int
+
+
+def hessian_plan(rows: int, classes: int, contiguous: bool, itemsize: int, multiprocessors: int, labels: int = 1) -> HessianPlan:
+    """The plan for ``rows`` x ``classes`` logits and as many numbers of v; ``contiguous``: both, and what is written."""
+    each = (32 if itemsize < 8 else 8) // labels  # elements a thread; more would spill
+    flat = contiguous and classes <= _FLAT_CLASSES and itemsize < 8
+    b = _pow2(-(-classes // each))
+    if not flat:
+        b = min(256, max(2, b))
+    a = min(each, _pow2(-(-classes // b)))
+    warps = max(2 if flat else 4, b // 32)
+    r = 32 * warps // b
+    programs = min(-(-rows // r), 32 // warps * multiprocessors)
+    return HessianPlan(a, r, b, _pow2(r * classes) if flat else 0, warps, _REGISTERS, programs)

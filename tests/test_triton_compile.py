@@ -23,8 +23,8 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsoftloss import ops, triton_finish, triton_kernels, triton_rows, triton_soft
-from fastsoftloss.triton_plan import chunks_at_a_time, plan, soft_plan
+from fastsoftloss import ops, triton_finish, triton_hessian, triton_kernels, triton_rows, triton_soft
+from fastsoftloss.triton_plan import chunks_at_a_time, hessian_plan, plan, soft_plan
 
 EVERY = os.environ.get("FASTSOFTLOSS_TEST_EVERY") == "1"
 ARCHITECTURES = (80, 90, 100, 120, "gfx942")
@@ -79,6 +79,13 @@ CASES = {
     "mixture, spread": Case(triton_rows.spread_rows, 1000, gradient=True, kept=True, absent=MIXED_LONG, form="mixture"),
     "mixture, long spread": Case(triton_rows.spread_rows, 50257, gradient=True, kept=True, absent=MIXED_LONG, form="mixture"),
     "long probabilities": Case(triton_soft.soft, 50257, gradient=True, absent=FUSED, form="probabilities", loads=False, stores=False),
+    "hessian": Case(triton_hessian.hessian, 100, absent=PLAIN),
+    "hessian of a row": Case(triton_hessian.hessian, 4096, absent=PLAIN, loads=False, stores=False),
+    "long hessian": Case(triton_hessian.hessian, 50257, absent=PLAIN, loads=False, stores=False),
+    "strided hessian": Case(triton_hessian.hessian, 19, 4096, absent=PLAIN, loads=False, stores=False),
+    "hessian, mixture": Case(triton_hessian.hessian, 100, absent=MIXED_LONG, form="mixture"),
+    "hessian of a row, mixture": Case(triton_hessian.hessian, 4096, absent=MIXED_LONG, form="mixture", loads=False, stores=False),
+    "long hessian, mixture": Case(triton_hessian.hessian, 50257, absent=MIXED_LONG, form="mixture", loads=False, stores=False),
     "total": Case(triton_finish.total, 1, absent=("parts_ptr",), loads=False, stores=False),
     "divisors": Case(triton_finish.divisors, 1, absent=PLAIN, loads=False, stores=False),
 }
@@ -94,6 +101,7 @@ POINTERS = {
     "counter_ptr": "*i32",
     "z_ptr": "*Z",
     "g_ptr": "*Z",
+    "v_ptr": "*Z",
 }  # the others: the dtype of the arithmetic
 DOUBLES = ("smoothing", "diversity_weight", "z_loss")
 
@@ -105,14 +113,18 @@ def compile_case(name: str, dtype: str, diversity: int, architecture: int | str)
     p: Any = plan(4096, k, s, [k * s], BYTES[dtype], True, 132, case.gradient, case.kept, labels=2 if case.form == "mixture" else 1)
     if case.form == "probabilities":
         p = soft_plan(4096, k, [s], [[k * s]], BYTES[dtype], 132, diversity)
+    elif case.kernel is triton_hessian.hessian:
+        p = hessian_plan(4096, k, s == 1, BYTES[dtype], 132, 2 if case.form == "mixture" else 1)
     absent = case.absent + (() if case.form == "mixture" else SECOND)
     arithmetic = "fp64" if dtype == "fp64" else "fp32"
     constants: dict[str, Any] = {
         "KIND": diversity, "SMOOTH": False, "Z_LOSS": False, "REDUCTION": 1, "DIMS": 1, "SAME": True, "WIDE": False, "RESCALE": False,
         "UPSTREAM_ROWS": False, "SHARES": 1, "COPIES": max(1, 32 * p.warps // p.r), "K": k, "A": p.a, "R": p.r, "B": p.b, "L": p.b,
-        "SPLITS": 1, "V": p.vector, "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
+        "SPLITS": 1, "V": getattr(p, "vector", 1), "TILE": chunks_at_a_time(BYTES[dtype]), "BLOCK": 32,
     }  # fmt: skip
-    if case.form != "probabilities":
+    if case.kernel is triton_hessian.hessian:
+        constants["P"] = p.run
+    elif case.form != "probabilities":
         constants |= {"P": p.run, "ACCESS": p.access, "START": p.start, "ALIGN": p.align}
     if name in NO_LOGITS:
         constants |= {"R": 256 if case.form == "mixture" else 512, "BLOCK": 1024}
