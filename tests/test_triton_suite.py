@@ -38,6 +38,7 @@ SIMULATOR = {
     "test_kernel": "other_backends",
     "test_exactness": "triton and (every_margin or gap_of_25) and (10- or 1000- or 25)",
     "test_features": "triton",
+    "test_hessian": "triton and every_margin and dtype0 and (10-logit or 10-kl or 257-variance)",
     "test_soft_targets": "triton and ((expectation and dtype0-130 and (logit_variance or kl)) or (two_losses and dtype0-130-logit)"
     " or (16_bits and 300-dtype0-logit))",
 }
