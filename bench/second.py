@@ -2,9 +2,9 @@
 
     python bench/second.py --threads 1
 
-Contenders: ours, whose second derivative is a kernel; ours with the second derivative in plain PyTorch (``plain``), as every backend but
-``cpu`` has it; ``F.cross_entropy``, which has no penalty, and ours without one. Interleaved, medians, as ratios to the first. ``switches``
-counts how often other processes took the core from this one, a second: above 20 the machine was not quiet.
+Contenders: ours, whose second derivative is a kernel; ours with the second derivative in plain PyTorch (``plain``);
+``F.cross_entropy``, which has no penalty, and ours without one. Interleaved, medians, as ratios to the first. ``switches`` counts how
+often other processes took the core from this one, a second: above 20 the machine was not quiet.
 """
 
 from __future__ import annotations

@@ -108,3 +108,24 @@ def test_instructions_of_soft_targets(form: str, classes: int, monkeypatch: pyte
     for name, count, ceiling in zip(("forward", again), (alone, instructions), SOFT[form, classes], strict=True):
         print(f"{form} K={classes} {name}: {count / logits.numel():.1f} instructions an element")
         assert count <= ceiling * logits.numel(), name
+
+
+# classes: bytes over the minimum (logits, v and labels read once, H v written once), instructions an element. 10, 100: runs; 1000: one
+# tile, whose accesses are 2 bytes wide and begin between sectors; 4096: one tile of sectors
+HESSIAN = {10: (1.16, 80), 100: (1.04, 71), 1000: (1.29, 54.5), 4096: (1.03, 67)}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("classes", HESSIAN)
+def test_the_second_derivative(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = simulator()
+    from fastsoftloss import triton_backend
+
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
+    operators = functional.backends.choose("triton", torch.device("cpu"))
+    logits = (2 * torch.randn(rows_of(classes), classes)).bfloat16()
+    v, target = torch.randn_like(logits), torch.randint(classes, logits.shape[:1])
+    _, moved, instructions, _ = measure(sim, lambda: operators.double_backward(v, torch.tensor(2.0), logits, target, *DEFAULT))
+    minimum = 3 * logits.nbytes + target.nbytes
+    print(f"H v K={classes}: {moved / minimum:.3f} x the minimum traffic, {instructions / logits.numel():.1f} instructions an element")
+    assert moved <= HESSIAN[classes][0] * minimum and instructions <= HESSIAN[classes][1] * logits.numel()
