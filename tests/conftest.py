@@ -158,3 +158,11 @@ def agree(
 def named(changes):
     """A test's name for arguments, the same in every process, whatever values were drawn."""
     return ", ".join(f"{k}={f'{v.dtype}{tuple(v.shape)}' if isinstance(v, torch.Tensor) else v}" for k, v in changes.items())
+
+
+# files of one long test or a few, the longest first: at the end one core would wait for them
+LONG = ("test_triton_suite", "test_cuda_compile", "test_cuda_suite", "test_headers", "test_cuda_figures", "test_triton_figures")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

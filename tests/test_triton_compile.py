@@ -91,7 +91,10 @@ CASES = {
 }
 NEVER = tuple(  # rows that the plan gives to other kernels
     (name, "fp64")
-    for name in ("flat", "wide flat", "widest", "flat mixture", "wide flat mixture", "wide strided mixture", "mixture, sectors")
+    for name in (
+        *("flat", "wide flat", "widest", "flat mixture", "wide flat mixture", "wide strided mixture", "mixture, sectors"),
+        *("hessian", "hessian, mixture"),
+    )
 )
 NO_LOGITS = ("long_finish", "mixture, long_finish", "total", "divisors")
 SECOND = ("other_ptr", "other_sample_ptr")  # where a row has two labels
