@@ -24,6 +24,9 @@ LEFT_OUT = (
     "(penalties_that and 1000)",
     "(order_of_rows and 5000)",
     "(two_losses and dtype1-5000)",
+    "flat_rows_of_many",
+    "(hard_labels_in and 150)",
+    "(the_expectation and dtype1)",
 )
 SIMULATED = " and not ".join(["(cuda or other_backends)", *LEFT_OUT])
 
