@@ -39,19 +39,26 @@ FSL_FN void add(RowGradient<T>& g, T factor, const RowGradient<T>& h) {
 }
 
 // The same gradient about another m, lower by -down: e = e' e_down, the exp of it, and x = x' + down.
-template <class T>
+template <unsigned Needs, class T>
 FSL_FN RowGradient<T> about(RowGradient<T> g, T down, T e_down) {
-  g.a = e_down * (g.a + g.t * max(down, T(-1000)));  // e_down is 0 there, and 0 * -inf must not appear
-  g.b = e_down * e_down * g.b;
-  g.t = e_down * g.t;
-  g.e0 = g.e0 + g.e1 * down;
+  if (Needs & kEntropy) g.a = g.a + g.t * max(down, T(-1000));  // e_down is 0 there, and 0 * -inf must not appear
+  g.a = e_down * g.a;
+  if (Needs & kSquares) g.b = e_down * e_down * g.b;
+  if (Needs & kEntropy) g.t = e_down * g.t;
+  if (Needs & kLogits) g.e0 = g.e0 + g.e1 * down;
   return g;
 }
 
 // What the gradient gives one class of the complement, or one masked with z = -inf.
-template <class T>
+template <unsigned Needs, class T>
 FSL_FN T slope_at(const RowGradient<T>& g, T z, T x, T e, T w) {
-  return select(z == T(-Limits<T>::infinity()), g.masked, e * (g.a + g.b * e + g.t * x) + (g.e0 + g.e1 * x)) + g.ew * w;
+  T factor = g.a;
+  if (Needs & kSquares) factor = factor + g.b * e;
+  if (Needs & kEntropy) factor = factor + g.t * x;
+  T dz = e * factor;
+  if (Needs & kLogits) dz = dz + (g.e0 + g.e1 * x);
+  dz = select(z == T(-Limits<T>::infinity()), g.masked, dz);
+  return Needs & kWeighted ? dz + g.ew * w : dz;
 }
 
 template <class T>
@@ -78,7 +85,7 @@ template <class T>
 struct Margin {
   T s, p;         // 1 - p_y, p_y
   T ce;           // -log p_y
-  T d, log_both;  // m - z_y; log(others + own), see margin()
+  T d, log_both;  // m - z_y, of which the sign is asked; log(others + own), what lse has over the larger of the two, see margin()
   T inv_s1;       // 1 / s1, where there is a complement
 
   FSL_FN T lift() const { return log_both + max(T(0) - d, T(0)); }  // lse - m
@@ -212,7 +219,7 @@ FSL_FN RowLoss<T> finish(const RowMoments<T>& r, const Margin<T>& y, T z_y, T cl
 
   T loss = ce + class_weight * d.cost;
   if (o.z_loss != 0) {
-    const T lse = select(some, r.m + y.lift(), z_y), slope = T(2 * o.z_loss) * lse;
+    const T lse = select(y.d > zero, r.m, z_y) + y.log_both, slope = T(2 * o.z_loss) * lse;
     loss = loss + T(o.z_loss) * class_weight * lse * lse;
     pull = pull + slope * own;
     g.label = g.label + slope * own * y.p;
@@ -245,8 +252,8 @@ FSL_FN MixturePart<T> finish_part(const RowMoments<T>& rest, T z_y, T z_other, T
   const With<T> complement = with<Needs>(rest, z_other, other_class_weight);
   MixturePart<T> part = {finish(complement.all, z_y, class_weight, row_weight, scale, o), T(0)};
   RowGradient<T>& g = part.of.gradient;
-  part.other = slope_at(g, z_other, complement.x, complement.e, other_class_weight);
-  g = about(g, complement.down, complement.e_down);
+  part.other = slope_at<Needs>(g, z_other, complement.x, complement.e, other_class_weight);
+  g = about<Needs>(g, complement.down, complement.e_down);
   return part;
 }
 

@@ -32,18 +32,16 @@ struct Rest {
 template <class U>
 struct Whole {
   With<U> complement[2], row;
-};
-template <class U>
-FSL_FN Whole<U> whole_row(const Extremes<U>& ends, const RowMoments<U>& rest) {
-  Whole<U> r = {{with<kAllMoments>(rest, ends.z_of[1], U(0)), with<kAllMoments>(rest, ends.z_of[0], U(0))}, {}};
-  r.row = with<kAllMoments>(r.complement[0].all, ends.z_of[0], U(0));
-  return r;
-}
 
-// From the largest logit to the rest's m.
-template <class U>
-FSL_FN U step_of(const Extremes<U>& ends, const RowMoments<U>& rest) {
-  return select(rest.n > U(0), rest.m - ends.z_of[0], U(0));
+  // From the largest logit to the rest's m, and exp of it.
+  FSL_FN U step() const { return complement[1].down; }
+  FSL_FN U e_step() const { return complement[1].e_down; }
+};
+template <unsigned Needs, class U>
+FSL_FN Whole<U> whole_row(const Extremes<U>& ends, const RowMoments<U>& rest) {
+  Whole<U> r = {{with<Needs>(rest, ends.z_of[1], U(0)), with<Needs>(rest, ends.z_of[0], U(0))}, {}};
+  r.row = with<Needs>(r.complement[0].all, ends.z_of[0], U(0));
+  return r;
 }
 
 // The moments of all classes, about their largest, less one of them that is no extreme.
@@ -72,10 +70,10 @@ struct Own {
 
 // logit_variance expected over the labels that are no extremes: its value, and the RowGradient about the largest logit.
 template <class U, class Real>
-FSL_FN Penalty<U> expected_variance(const Options<Real>& o, const Extremes<U>& ends, const Rest<U>& rest, const RowMoments<U>& all,
-                                    Own<U>& own) {
+FSL_FN Penalty<U> expected_variance(const Options<Real>& o, const Rest<U>& rest, const Whole<U>& whole, Own<U>& own) {
+  const RowMoments<U>& all = whole.row.all;
   const U one(1), left = max(all.n - one, one), inv = one / left, stretch = all.n * inv;
-  const U off = all.mean - (rest.shift + step_of(ends, rest.moments));
+  const U off = all.mean - (rest.shift + whole.step());
   const U ud = rest.ud - off * rest.there, udd = rest.udd - off * (rest.ud + ud);  // about the mean of all
   const U weight = select(left > one, U(2 * o.diversity_weight) * inv, U(0));      // one class has no spread
   Penalty<U> out;
@@ -111,15 +109,16 @@ FSL_FN V expect(const Options<Real>& o, const RowMoments<U>& all, V inv_s1, V x,
 
 // expected: what `expect` has summed over the rest. The gradient is about the rest's m, with the extremes' own elements beside
 // it: `label` the largest's, `other` the smallest's.
-template <class U, class Real>
+template <unsigned Needs, class U, class Real>
 FSL_FN RowLoss<U> finish(const Extremes<U>& ends, const Rest<U>& rest, const Whole<U>& whole, const Penalty<U>& expected,
                          const Options<Real>& o) {
-  const U zero(0), masked(-Limits<U>::infinity());
-  const RowMoments<U>&r = rest.moments, &all = whole.row.all;
-  const Margin<U> top = margin(whole.complement[0].all, ends.z_of[0]), bottom = margin(whole.complement[1].all, ends.z_of[1]);
+  const U zero(0), one(1), masked(-Limits<U>::infinity());
+  const RowMoments<U>& r = rest.moments;
+  const Margin<U> top = margin(whole.complement[0].all, ends.z_of[0]);
   const auto two = ends.z_of[1] > masked;
-  const U step = step_of(ends, r), e_step = exp(max(step, U(-1000)));
-  const U to_low = select(two, ends.z_of[0] - ends.z_of[1], zero);
+  const U step = whole.step(), to_low = select(two, ends.z_of[0] - ends.z_of[1], zero);
+  // about the largest logit, where the sum over all classes is 1 / top.p
+  const U e_low = whole.complement[0].e * whole.row.e_down, p_low = e_low * top.p;
 
   const U v_others = rest.v + ends.v_of[1], v = v_others + ends.v_of[0], u = rest.u + ends.u_of[0] + ends.u_of[1];
   const U lse = ends.z_of[0] + top.ce, slope = U(2 * o.z_loss) * u * lse;
@@ -127,25 +126,26 @@ FSL_FN RowLoss<U> finish(const Extremes<U>& ends, const Rest<U>& rest, const Who
   const U ce = v * top.ce + (rest.vx - rest.v * step) + ends.v_of[1] * to_low;
 
   RowGradient<U> g;
-  g.a = (v + slope) * e_step / all.s1;
+  g.a = (v + slope) * whole.e_step() * top.p;
   // the largest's: whichever difference does not cancel
   const U own = select(top.s > U(0.5), v * top.p - ends.v_of[0], v_others - v * top.s);
-  U dz[2] = {own + slope * top.p, (v + slope) * bottom.p - ends.v_of[1]};
+  U dz[2] = {own + slope * top.p, (v + slope) * p_low - ends.v_of[1]};
   U penalty(0);
   if (o.diversity != Diversity::none) {
     penalty = expected.value;
-    add(g, U(1), about(expected.gradient, step, e_step));
-    dz[0] = dz[0] + slope_at(expected.gradient, ends.z_of[0], whole.row.x, whole.row.e, zero);
-    dz[1] = dz[1] + slope_at(expected.gradient, ends.z_of[1], zero - to_low, exp(zero - to_low), zero);
+    add(g, one, about<Needs>(expected.gradient, step, whole.e_step()));
+    dz[0] = dz[0] + slope_at<Needs>(expected.gradient, ends.z_of[0], whole.row.x, whole.row.e, zero);
+    dz[1] = dz[1] + slope_at<Needs>(expected.gradient, ends.z_of[1], zero - to_low, e_low, zero);
     for (int i = 0; i < 2; ++i) {
       const With<U>& c = whole.complement[i];
-      const Penalty<U> d = penalty_of(c.all, i ? bottom : top, U(1), o);
+      const Margin<U> y = i ? Margin<U>{one - p_low, p_low, zero, zero, zero, inverse(c.all.s1)} : top;
+      const Penalty<U> d = penalty_of(c.all, y, one, o);
       penalty = penalty + ends.u_of[i] * d.value;
-      add(g, ends.u_of[i], about(d.gradient, c.down, c.e_down));
+      add(g, ends.u_of[i], about<Needs>(d.gradient, c.down, c.e_down));
       dz[i] = dz[i] + ends.u_of[i] * d.gradient.label;
       // without a smallest one it is none of a complement
       const U other = select(two, ends.z_of[1 - i], masked);
-      dz[1 - i] = dz[1 - i] + ends.u_of[i] * slope_at(d.gradient, other, c.x, c.e, zero);
+      dz[1 - i] = dz[1 - i] + ends.u_of[i] * slope_at<Needs>(d.gradient, other, c.x, c.e, zero);
     }
   }
   g.label = dz[0], g.other = dz[1];

@@ -33,10 +33,10 @@ MIXED: dict[int, dict[str, tuple[float, float]]] = {
 # For class probabilities, given in bfloat16 too. Below 512 classes a warp has several rows, and each of its accesses takes part of
 # their sectors: the bytes are those, as if no cache kept the rest.
 PROBABILITIES: dict[int, dict[str, tuple[float, float]]] = {
-    10: {"forward": (10.1, 160), "fused": (10.7, 188)},
-    100: {"forward": (4.1, 66), "fused": (4.2, 90)},
-    1000: {"forward": (1.02, 54), "fused": (1.03, 77)},
-    4096: {"forward": (1.01, 57.5), "fused": (1.01, 80)},
+    10: {"forward": (10.1, 96), "fused": (10.7, 113)},
+    100: {"forward": (4.1, 46), "fused": (4.2, 58.5)},
+    1000: {"forward": (1.02, 41), "fused": (1.03, 53)},
+    4096: {"forward": (1.01, 43), "fused": (1.01, 55.5)},
 }
 # Special functions: an exponential a logit and that of the true class, whose logarithm and reciprocal are arithmetic; and at 100
 # classes and more the rows that go the careful way, and what moves the sums of the long ones.

@@ -12,6 +12,8 @@ from triton_mode import INTERPRETED, simulator
 
 from fastsoftloss import functional, ops, reference
 
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
 DEFAULT = (None, None, -100, ops.REDUCTIONS.index("mean"), 0.0, ops.DIVERSITIES.index("logit_variance"), 1.0, 0.0)
 # classes: (traffic over the minimum: forward, backward, fused), (instructions an element: the same), in bfloat16.
 # The minimum: logits and labels read once, and the gradient written once where there is one.
@@ -46,14 +48,20 @@ def rows_of(classes: int) -> int:
     return 4096 if classes <= 100 else max(3, 1_200_000 // classes)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("classes", CEILINGS)
-def test_traffic_and_instructions(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = simulator()
-    from fastsoftloss import triton_backend, triton_plan
+@pytest.fixture
+def sim(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The simulator, of one multiprocessor: programs have many rows each, as they do where a batch fills a device."""
+    simulated = simulator()
+    from fastsoftloss import triton_backend
 
-    # one multiprocessor: programs have many rows each, as they do where a batch fills a device
     monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
+    return simulated
+
+
+@pytest.mark.parametrize("classes", CEILINGS)
+def test_traffic_and_instructions(sim: Any, classes: int) -> None:
+    from fastsoftloss import triton_plan
+
     operators = functional.backends.choose("triton", torch.device("cpu"))
     rows = rows_of(classes)
     logits = (2 * torch.randn(rows, classes)).bfloat16()
@@ -86,13 +94,8 @@ SOFT = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("form", "classes"), SOFT)
-def test_instructions_of_soft_targets(form: str, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = simulator()
-    from fastsoftloss import triton_backend
-
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
+def test_instructions_of_soft_targets(sim: Any, form: str, classes: int) -> None:
     operators = functional.backends.choose("triton", torch.device("cpu"), form)
     logits = (2 * torch.randn(rows_of(classes), classes)).bfloat16()
     target, sample_weight = target_of(form, *logits.shape), None
@@ -115,13 +118,8 @@ def test_instructions_of_soft_targets(form: str, classes: int, monkeypatch: pyte
 HESSIAN = {10: (1.16, 80), 100: (1.04, 71), 1000: (1.29, 54.5), 4096: (1.03, 67)}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("classes", HESSIAN)
-def test_the_second_derivative(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = simulator()
-    from fastsoftloss import triton_backend
-
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 1)
+def test_the_second_derivative(sim: Any, classes: int) -> None:
     operators = functional.backends.choose("triton", torch.device("cpu"))
     logits = (2 * torch.randn(rows_of(classes), classes)).bfloat16()
     v, target = torch.randn_like(logits), torch.randint(classes, logits.shape[:1])

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from fastsoftloss import ops
 from fastsoftloss.triton_backend import collapse
-from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, plan, soft_plan
+from fastsoftloss.triton_plan import FLAT, ROWS, STRIDED, Plan, fits, hessian_plan, plan, soft_plan
 
 ROWS_AND_CLASSES = tuple(itertools.product((1, 7, 4096, 10**6), (0, 1, 2, 10, 17, 100, 256, 257, 1000, 1003, 4096, 16384, 50257, 2**20)))
 
@@ -50,6 +50,21 @@ def test_tiles_of_class_probabilities(itemsize: int, class_stride: int, diversit
         assert p.r * p.b == 32 * p.warps, "a thread has part of one row, which no other thread has too"
         assert p.a * p.vector <= (32 if itemsize < 8 else 8), "elements a thread"
         assert 32 * p.warps * p.registers <= 65536
+
+
+@pytest.mark.parametrize("labels", (1, 2))
+@pytest.mark.parametrize(("itemsize", "contiguous"), list(itertools.product((2, 4, 8), (True, False))))
+def test_tiles_of_the_second_derivative(itemsize: int, contiguous: bool, labels: int) -> None:
+    for rows, classes in ROWS_AND_CLASSES:
+        p = hessian_plan(rows, classes, contiguous, itemsize, 132, labels)
+        assert all(n & (n - 1) == 0 for n in (p.a, p.r, p.b, p.warps)) and p.programs >= 1 and 1 <= p.warps <= 32
+        assert p.r * p.b == 32 * p.warps, "a thread has part of one row, which no other thread has too"
+        assert p.a <= (32 if itemsize < 8 else 8) // labels, "elements a thread"
+        assert 32 * p.warps * p.registers <= 65536
+        if p.run:
+            assert contiguous and p.a * p.b >= classes and p.run >= p.r * classes and p.r * classes * itemsize % 16 == 0
+        if classes <= 1024:
+            assert p.a * p.b >= classes, "read once"
 
 
 def test_neighbours_of_class_probabilities_begin_where_every_row_does() -> None:

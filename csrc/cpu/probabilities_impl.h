@@ -248,11 +248,10 @@ FSL_FN Penalty<U> expected(const LossOptions& o, const ProbabilityRows<T, U>& ro
 // One copy in the object code, whatever moments there are; those that are not are 0.
 template <class T, class U>
 FSL_LOOP RowLoss<U> finish(const LossOptions& o, const ProbabilityRows<T, U>& rows, const Rest<U>& rest, Own<U>& own) {
-  const Whole<U> whole = whole_row<U>(rows, rest.moments);
-  const RowMoments<U>& all = whole.row.all;
+  const Whole<U> whole = whole_row<kAllMoments, U>(rows, rest.moments);
   const Penalty<U> expectation =
-      o.diversity == Diversity::logit_variance ? expected_variance<U>(o, rows, rest, all, own) : expected(o, rows, all, rest.moments.m);
-  return finish<U>(rows, rest, whole, expectation, o);
+      o.diversity == Diversity::logit_variance ? expected_variance(o, rest, whole, own) : expected(o, rows, whole.row.all, rest.moments.m);
+  return finish<kAllMoments, U>(rows, rest, whole, expectation, o);
 }
 
 // spread: one step.

@@ -73,6 +73,40 @@ struct Group {
     for (int w = 1; w < size / 32; ++w) m = max(m, exchange[w]);
     return m;
   }
+  // The two largest of all threads' two, each in descending order.
+  template <int N>
+  FSL_DEVICE void largest_two(T (&v)[N][2]) const {
+#pragma unroll
+    for (int o = 16; o > 0; o /= 2)
+      if (o < size) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) keep_two(v[i], __shfl_xor_sync(mask, v[i][0], o), __shfl_xor_sync(mask, v[i][1], o));
+      }
+    if (size <= 32) return;
+    static_assert(2 * N <= kMostSums, "see exchange");
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2 * N; ++i) exchange[threadIdx.x / 32 * 2 * N + i] = v[i / 2][i % 2];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) v[i / 2][i % 2] = exchange[i];
+#pragma unroll 1
+    for (int w = 1; w < size / 32; ++w) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) keep_two(v[i], exchange[w * 2 * N + 2 * i], exchange[w * 2 * N + 2 * i + 1]);
+    }
+  }
+  // Of v and another pair, both in descending order. NaN is nothing to the largest, and makes the second what may be said of it.
+  static FSL_DEVICE void keep_two(T (&v)[2], T a, T b) {
+    v[1] = fmax(fmax(fmin(v[0], a), v[1]), b);
+    v[0] = fmax(v[0], a);
+  }
+  static FSL_DEVICE void keep_two(T (&v)[2], T a) {
+    v[1] = fmax(fmin(v[0], a), v[1]);
+    v[0] = fmax(v[0], a);
+  }
 
  private:
   template <int N>

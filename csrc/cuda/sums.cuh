@@ -77,7 +77,7 @@ struct Sums {
     out.s = s1 * share;
     out.p = own * share;
     out.ce = minus_log(out.p, out.s);
-    out.d = 0, out.log_both = fmaf(y, kLn2, out.ce);  // see lift()
+    out.d = 1, out.log_both = fmaf(y, kLn2, out.ce);  // the reference led whatever y is: see lift()
     return out;
   }
   FSL_DEVICE RowMoments<float> moments(float n, float inv_n, const Reference& at) const {

@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(256) divisors(const __grid_constant__ Job<T> j
   });
 }
 
-// Of rows without labels, which count for their sample weight; for nothing where there is no class.
+// Of rows without labels, which count for their sample weight.
 template <class T>
 __global__ void __launch_bounds__(256) sample_weights(const __grid_constant__ Job<T> job, T* shares) {
-  write_shares(job, shares, [&](int64_t r) { return job.classes > 0 ? sample_weight_of(job, r) : T(0); });
+  write_shares(job, shares, [&](int64_t r) { return sample_weight_of(job, r); });
 }
 
 // What a thread's rows add up to.
