@@ -121,7 +121,10 @@ def _index_rows(z: Tensor, target: Tensor, row_weight: Tensor | None, o: _Option
     z_y = z.gather(-1, y).squeeze(-1)
     c = _complement(z, ~is_label & (z != -torch.inf), z_y)
     log1p_odds = F.softplus(c.delta, threshold=_SOFTPLUS_LINEAR)
-    lse_less_m = torch.where(c.delta > 0, c.log_s1 + F.softplus(-c.delta, threshold=_SOFTPLUS_LINEAR), (z_y - c.m) + log1p_odds)
+    # each from what is near it: z_y less m may have lost one of the two
+    others_lead, of_others = c.delta > 0, c.log_s1 + F.softplus(-c.delta, threshold=_SOFTPLUS_LINEAR)
+    lse = torch.where(others_lead, c.m + of_others, z_y + log1p_odds)
+    lse_less_m = torch.where(others_lead, of_others, (z_y - c.m) + log1p_odds)
 
     w = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
     w_y = w.gather(-1, y).squeeze(-1)
@@ -135,7 +138,7 @@ def _index_rows(z: Tensor, target: Tensor, row_weight: Tensor | None, o: _Option
     ce = torch.where(counted, ce * row_weight, 0.0)
     ce = torch.where(outside, torch.nan, ce)
     d = w_y * c.diversity(o.diversity) * poison
-    return _Rows(o.total(ce, d, w_y, c.m + lse_less_m), ce, d, w_y, counted)
+    return _Rows(o.total(ce, d, w_y, lse), ce, d, w_y, counted)
 
 
 def _left_out(kind: str | None, z: Tensor, x: Tensor, hi: Tensor, lo: Tensor, present: Tensor) -> Tensor:
@@ -215,8 +218,9 @@ def pack_mixture(target: tuple[Tensor, Tensor, Tensor | float], sample_weight: T
         mix = mix.to(dtype)
         weights = torch.stack((mix, 1 - mix))
         weights = weights if mix.dim() else weights.view(2, *[1] * first.dim())
-    else:
-        weights = torch.tensor((mix, 1 - mix), dtype=dtype, device=first.device).view(2, *[1] * first.dim())
+    else:  # a factor is an input of a compiled graph, what a tensor is made of a constant
+        one = torch.ones((), dtype=dtype, device=first.device)
+        weights = torch.stack((one * mix, one * (1 - mix))).view(2, *[1] * first.dim())
     if sample_weight is not None:
         weights = weights * sample_weight.to(dtype)
     return torch.stack((first, second)), weights.expand(2, *first.shape)

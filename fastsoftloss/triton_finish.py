@@ -381,7 +381,7 @@ def _finish(
     """
     zero = tl.zeros_like(s1)
     s1 = tl.where(s1 == 0.0, 1.0, s1)
-    ce, s, p_y, inverse_s1, lse_less_base = _cross_entropy(d, error, s1)
+    ce, s, p_y, inverse_s1, lse_less_larger = _cross_entropy(d, error, s1)
     bad = (s != s) | (z_y == float("inf"))
 
     # cross-entropy with its smoothing
@@ -389,9 +389,9 @@ def _finish(
     pull = own
     g_y = zero
     ew = zero
-    lse_less_base += tl.where(d > 0, 0.0, tl.where(d == -float("inf"), z_y - base, -d))
     ce = w_y * ce
     if SMOOTH:
+        lse_less_base = lse_less_larger + tl.where(d > 0, 0.0, tl.where(d == -float("inf"), z_y - base, -d))
         eps = _option(smoothing, s1)
         ew = eps / K
         ce = (1.0 - eps) * ce + ew * (sw * lse_less_base - swx + ce)
@@ -403,7 +403,7 @@ def _finish(
     a = pull * s
 
     if Z_LOSS:
-        lse = base + lse_less_base
+        lse = tl.where(d > 0, base, z_y) + lse_less_larger
         k = 2.0 * _option(z_loss, s1) * w_y * lse
         loss += 0.5 * k * lse
         a += k * s

@@ -255,7 +255,7 @@ def _loss(
 
     # ---- reduce: the moments of all but hi about m, of their logits of the rest, and the sums over the labels
     sum1, sum2, sumx, total = none - 1.0, none - 1.0, none, tl.where(n_lo > 0.0, -low, 0.0)  # less what stands in
-    v_hi, v_others, vx, u_hi, u_others, u_rest = none, none, none, none, none, none
+    v_hi, v_others, vx, u_hi, u_others, u_rest, u_masked = none, none, none, none, none, none, none
     for i in range(0, end, A * B):
         c = column + i
         z, u_k, v_k = _read(place, c, reads, K, HELD, V, SMOOTH, DTYPE)
@@ -281,6 +281,8 @@ def _loss(
         if LO:
             total += _sum(tl.maximum(x, low_))
             u_rest += _sum(_of_rest(others, x, low_, live, HOLES))
+            if HOLES:
+                u_masked += _sum(tl.where(live, 0.0, others))
     if not SMOOTH:
         u_hi, u_others = v_hi, v_others
 
@@ -363,12 +365,11 @@ def _loss(
                     rest = rest & (x >= low_)
                 most = _add(most, tl.where(rest, u_k, 0.0), _without(x + d_, f_ * e, whole_row, KIND))
         if LO:
-            if KIND == LOGIT_VARIANCE:
-                g_lo = _slope(most, x_lo, none, KIND)
+            rest_at_lo = _slope(most, x_lo, none, KIND)  # wanted of the variance alone
             # the smallest's complement, about z_hi: the rest and the largest
             root = _root(z_lo, z_hi)
             of_lo = _of(n - 1.0, inverse_left, whole - root * root, none, none, mean_lo, dev_lo, none, none, KIND)
-            most = _add(most, tl.where(several, u_others - u_rest, 0.0), of_lo)
+            most = _add(most, tl.where(several, u_others - u_masked - u_rest, 0.0), of_lo)
         # the largest's complement, about m: the rest and the smallest
         x_k = tl.where(n_lo > 0.0, z_lo - m, 0.0)
         mean_k, dev_k = _with(n_rest, mean, dev, n_lo, x_k, inverse_left)
@@ -376,7 +377,7 @@ def _loss(
         if weighs:
             g_hi += weigh * (u_hi * of_hi[4] + _slope(most, none, none + 1.0, KIND))
             if KIND == LOGIT_VARIANCE:
-                g_lo = weigh * (g_lo + u_hi * _slope(of_hi, x_k, none, KIND))
+                g_lo = weigh * (rest_at_lo + u_hi * _slope(of_hi, x_k, none, KIND))
         div, a_, p_, e0_ = _add(_lower(most, d, f, KIND), u_hi, of_hi)
         if weighs:
             a += weigh * a_

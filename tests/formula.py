@@ -117,7 +117,7 @@ def _row_along(
     total = keep * of_all[1]
     if z_loss:
         lse = max(z[y], top) + np.log1p(np.exp(-abs(c - z[y]))) if n else z[y]
-        magnitude = abs(z[np.isfinite(z)]).max() + np.log(len(z)) + 1  # as in _row
+        magnitude = abs(z[np.isfinite(z)].max()) + np.log(len(z)) + 1  # as in _row
         total = total + 2 * z_loss * w_y * _change((abs(lse) + 2 * magnitude, s * mean_v + p * a_y), of_all)
     if kind is None or n < 2:
         return total

@@ -116,6 +116,16 @@ def test_a_gap_of_25(backend):
     assert abs(ours.gradient[0, 4].item() + 9 * math.exp(-25)) <= RTOL * expected
 
 
+@pytest.mark.parametrize("far", [-1e4, -1e9])
+def test_a_label_with_all_others_far_below(backend, far):
+    """As a mask leaves it: the z-loss is of the label's own logit, which the margin has rounded away."""
+    for classes in (2, 10, 300):
+        logits, target = torch.full((2, classes), far), torch.tensor([1, 0])
+        logits[[0, 1], target] = torch.tensor([-2.28, 3.5])
+        options = dict(reduction="none", diversity=None, z_loss=0.01)
+        assert_true(compute(backend, logits, target, **options), logits, target, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("diversity", [None, "logit_variance"])

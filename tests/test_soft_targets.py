@@ -75,6 +75,29 @@ def mixture(rows: int, classes: int, dtype: torch.dtype = F64) -> tuple[Tensor, 
     return first, second, torch.rand(rows, dtype=dtype)
 
 
+@pytest.mark.parametrize("far", [-1e4, -1e9])
+def test_the_z_loss_of_labels_with_all_others_far_below(backend, far):
+    logits = torch.full((2, 10), far)
+    logits[:, 4] = torch.tensor([-2.28, 3.5])
+    label, other = torch.tensor([4, 4]), torch.tensor([4, 7])
+    for target in ((label, other, 0.3), 0.3 * F.one_hot(label, 10) + 0.7 * F.one_hot(other, 10)):
+        check(backend, logits, target, diversity=None, z_loss=1e-2)
+
+
+@pytest.mark.parametrize("kind", DIVERSITIES)
+def test_a_penalty_that_is_only_looked_at(backend, kind):
+    logits, target = 3 * torch.randn(4, 6), probabilities(4, 6).float()
+    outcomes = []
+    for options in ({"diversity": kind, "diversity_weight": 0.0}, {"diversity": kind}, {"diversity": None}):
+        z = logits.clone().requires_grad_()
+        parts = functional.cross_entropy(z, target, reduction="none", return_components=True, backend=backend, **options)
+        outcomes.append((parts, torch.autograd.grad(parts.loss.sum(), z)[0]))
+    (looked, slope), (counted, _), (without, true_slope) = outcomes
+    near(looked.diversity, counted.diversity.double(), BOUND[F32])
+    near(looked.loss, without.loss.detach().double(), BOUND[F32])
+    near(slope, true_slope.double(), BOUND[F32], dim=1)
+
+
 SHAPES = [(7,), (5, 7), (5, 1), (5, 2), (3, 4, 2), (2, 3, 4, 5)]
 
 
