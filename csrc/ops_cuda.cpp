@@ -33,6 +33,7 @@ using OptionalTensor = std::optional<Tensor>;
 enum Reduction : int64_t { kNone, kMean, kSum };
 
 constexpr int64_t kMaxDims = 64;
+constexpr int64_t kMaxClasses = (int64_t(1) << 31) - 1024;  // a kernel counts them by int, in steps of up to a block
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "fastsoftloss: ", cudaGetErrorString(error)); }
 
@@ -42,10 +43,10 @@ class Device {
   explicit Device(const Tensor& t) {
     check(cudaGetDevice(&before_));
     index_ = t.is_cuda() ? t.get_device_index() : before_;
-    if (index_ != before_) check(cudaSetDevice(index_));
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    if (index_ != before_) check(cudaSetDevice(index_));
   }
   ~Device() {
     if (index_ != before_) cudaSetDevice(before_);
@@ -143,6 +144,7 @@ bool same_device(const Tensor& a, const Tensor& b) { return a.is_cuda() == b.is_
 void check(const Inputs& in, const Tensor* upstream) {
   STD_TORCH_CHECK(in.logits.dim() > 0 && in.logits.dim() <= kMaxDims, "logits must have from 1 to ", kMaxDims, " dimensions");
   const RowSizes rows(in.logits);
+  STD_TORCH_CHECK(in.logits.size(rows.class_dim) < kMaxClasses, "logits must have fewer than 2^31 - 1024 classes");
   const Form form = form_of(in);
   const bool two = form == Form::mixture;
   const auto like_rows = [&](const Tensor& t, bool both) {
@@ -233,9 +235,10 @@ struct Call {
   Plan plan;
 };
 
-// The job that the arguments, found good by check(), describe. logits: in.logits, or a copy with joinable dimensions.
+// The job that the arguments, found good by check(), describe; false where they have more dimensions than a job.
 template <class T>
-bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tensor* gradient, const Tensor* upstream, int multiprocessors) {
+bool make_call(Call<T>& call, const Inputs& in, const Tensor* gradient, const Tensor* upstream, int multiprocessors) {
+  const Tensor& logits = in.logits;
   Job<T>& job = call.job;
   const RowSizes rows(logits);
   const int64_t class_dim = rows.class_dim, bytes = int64_t(logits.element_size());
@@ -302,16 +305,47 @@ bool make_call(Call<T>& call, const Inputs& in, const Tensor& logits, const Tens
   return true;
 }
 
-// The same on a copy of the logits where they have more dimensions that cannot be joined than a kernel unfolds.
-template <class T>
-Tensor set_call(Call<T>& call, const Inputs& in, const Tensor* gradient, const Tensor* upstream, int multiprocessors) {
-  if (make_call(call, in, in.logits, gradient, upstream, multiprocessors)) return in.logits;
-  Tensor copy = empty(in.logits, in.logits.sizes().data(), in.logits.dim(), in.logits.scalar_type());
-  torch::stable::copy_(copy, in.logits);
-  call = Call<T>();
-  STD_TORCH_CHECK(make_call(call, in, copy, gradient, upstream, multiprocessors), "tensors have more than ", kMaxRowDims,
-                  " dimensions that cannot be joined");
+Tensor compact(const Tensor& t) {
+  Tensor copy = empty(t, t.sizes().data(), t.dim(), t.scalar_type());
+  torch::stable::copy_(copy, t);
   return copy;
+}
+
+// f is called with the storage type as a template argument.
+template <class F>
+auto with_storage(const Tensor& logits, F f) {
+  switch (storage_of(logits.scalar_type())) {
+    case Storage::float64:
+      return f(std::integral_constant<Storage, Storage::float64>(), double());
+    case Storage::bfloat16:
+      return f(std::integral_constant<Storage, Storage::bfloat16>(), float());
+    case Storage::float16:
+      return f(std::integral_constant<Storage, Storage::float16>(), float());
+    default:
+      return f(std::integral_constant<Storage, Storage::float32>(), float());
+  }
+}
+
+// f(storage, zero, call), which launches what the arguments describe; or, where they have more dimensions that cannot be joined than a
+// kernel unfolds, what compact copies of them do.
+template <class F>
+void with_call(const Inputs& in, Tensor* gradient, const Tensor* upstream, int multiprocessors, F f) {
+  with_storage(in.logits, [&](auto storage, auto zero) {
+    Call<decltype(zero)> call;
+    if (make_call(call, in, gradient, upstream, multiprocessors)) return f(storage, zero, call);
+    const auto copied = [](const Tensor* t) { return t ? OptionalTensor(compact(*t)) : std::nullopt; };
+    const Tensor logits = compact(in.logits), target = compact(in.target);
+    const OptionalTensor sample_weight = copied(in.sample_weight ? &*in.sample_weight : nullptr), upstreams = copied(upstream);
+    OptionalTensor gradients = copied(gradient);
+    const Inputs copies{
+        logits,   target, in.weight, sample_weight, in.ignore_index, in.reduction, in.label_smoothing, in.diversity, in.diversity_weight,
+        in.z_loss};
+    call = {};
+    STD_TORCH_CHECK(make_call(call, copies, gradients ? &*gradients : nullptr, upstreams ? &*upstreams : nullptr, multiprocessors),
+                    "tensors have more than ", kMaxRowDims, " dimensions that cannot be joined");
+    f(storage, zero, call);
+    if (gradients) torch::stable::copy_(*gradient, *gradients);
+  });
 }
 
 // FASTSOFTLOSS_CHECK=1: a target out of range is an error, at the price of waiting for the device.
@@ -332,21 +366,6 @@ void check_targets(const Job<T>& job, const Device& device, const Tensor& logits
   check(cudaMemcpyAsync(&row, first, sizeof row, cudaMemcpyDeviceToHost, device.stream()));
   check(cudaStreamSynchronize(device.stream()));
   STD_TORCH_CHECK(int64_t(row) == job.rows, "target of row ", row, " is outside [0, ", job.classes, ") and is not ignore_index");
-}
-
-// f is called with the storage type as a template argument.
-template <class F>
-auto with_storage(const Tensor& logits, F f) {
-  switch (storage_of(logits.scalar_type())) {
-    case Storage::float64:
-      return f(std::integral_constant<Storage, Storage::float64>(), double());
-    case Storage::bfloat16:
-      return f(std::integral_constant<Storage, Storage::bfloat16>(), float());
-    case Storage::float16:
-      return f(std::integral_constant<Storage, Storage::float16>(), float());
-    default:
-      return f(std::integral_constant<Storage, Storage::float32>(), float());
-  }
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -375,10 +394,8 @@ Outputs cross_entropy(const Tensor& logits, const Tensor& target, const Optional
     torch::stable::fill_(moments, nothing);
     return {loss, components, dlogits, moments};
   }
-  with_storage(logits, [&](auto storage, auto zero) {
+  with_call(in, gradient ? &dlogits : nullptr, nullptr, device.multiprocessors(), [&](auto storage, auto zero, auto& call) {
     using T = decltype(zero);
-    Call<T> call;
-    const Tensor read = set_call(call, in, gradient ? &dlogits : nullptr, nullptr, device.multiprocessors());
     Job<T>& job = call.job;
     check_targets(job, device, logits);
     job.parts = parts;
@@ -417,10 +434,8 @@ void write_gradient(Tensor& dlogits, const Tensor& upstream, const Tensor& momen
                       moments.scalar_type() == arithmetic(in.logits) && moments.is_contiguous() && same_device(moments, in.logits),
                   "moments must be what the forward gave");
   if (rows == 0 || classes == 0) return;
-  with_storage(in.logits, [&](auto storage, auto zero) {
+  with_call(in, &dlogits, &upstream, device.multiprocessors(), [&](auto storage, auto zero, auto& call) {
     using T = decltype(zero);
-    Call<T> call;
-    const Tensor read = set_call(call, in, &dlogits, &upstream, device.multiprocessors());
     Job<T>& job = call.job;
     job.rescale = rescale && job.one_upstream, job.rescale_rows = rescale && !job.one_upstream;
     T* const kept_data = moments.numel() ? static_cast<T*>(const_cast<void*>(moments.const_data_ptr())) : nullptr;

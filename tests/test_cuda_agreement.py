@@ -77,8 +77,19 @@ def test_strides(classes: int) -> None:
 
 
 def test_five_row_dimensions_that_cannot_be_joined() -> None:
+    """Of the logits, of a target, of weights, of probabilities, and of logits whose gradient has their order of dimensions."""
     logits = torch.randn(3, 6, 3, 3, 3, 3)[1:, :, 1:, 1:, 1:, 1:]
-    agree("cuda", logits, torch.randint(6, (2, 2, 2, 2, 2)))
+    target, weights = torch.randint(6, (3, 3, 3, 3, 3)), torch.rand(3, 3, 3, 3, 3) + 0.5
+    inner = (slice(1, None),) * 5
+    agree("cuda", logits, target[inner].contiguous())
+    agree("cuda", logits.contiguous(), target[inner])
+    agree("cuda", logits.contiguous(), target[inner].contiguous(), sample_weight=weights[inner], reduction="sum")
+    mixed = (target[inner], target[inner].flip(0), 0.3)
+    check("cuda", logits.contiguous(), mixed)
+    soft("cuda", logits.contiguous(), torch.randn(3, 6, 3, 3, 3, 3).softmax(1)[1:, :, 1:, 1:, 1:, 1:])
+    turned = torch.randn(2, 3, 2, 6, 3, 2).permute(5, 3, 1, 4, 0, 2)
+    soft("cuda", turned, torch.randn(turned.shape).softmax(1))
+    agree("cuda", turned, torch.randint(6, (2, 3, 3, 2, 2)), upstream=2.0)
 
 
 @pytest.mark.parametrize("classes", [6, 700, 20000, 100_000])
@@ -260,6 +271,22 @@ def test_probabilities_of_many_masked_classes(kind: str | None) -> None:
     logits[3] = 1e4
     target[logits == -torch.inf] = 0
     soft("cuda", logits, target / target.sum(1, keepdim=True), diversity=kind)
+
+
+@pytest.mark.parametrize("kind", DIVERSITIES)
+def test_probabilities_whose_extremes_are_tied(kind: str | None) -> None:
+    """With the fewest classes that have a middle one, a thread a row, a warp and a block: the next class stands in for the largest
+    and for the smallest, and is there itself; of two alike neither is taken."""
+    for classes in (3, 4, 10, 100, 1003, 4096):
+        logits, target = torch.randn(6, classes), probabilities(6, classes, F32)
+        logits[0] = 0.5
+        logits[1, -2:] = 30.0
+        logits[2, :2] = -60.0
+        logits[3, 0] = logits[3, -1] = -60.0
+        logits[4, 0], logits[4, -1] = 80.0, -80.0
+        logits[5, 1:] = -4.0
+        for smoothing in (0.0, 0.1):
+            soft("cuda", logits, target, diversity=kind, label_smoothing=smoothing)
 
 
 def test_probabilities_that_do_not_fit_are_refused() -> None:
