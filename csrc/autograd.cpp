@@ -6,7 +6,9 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cmath>
@@ -57,6 +59,18 @@ Tensor backward(const Tensor& upstream, const Tensor& moments, const Inputs& in)
                  o.diversity, o.diversity_weight, o.z_loss);
 }
 
+// Inside forward-mode AD, whose tangents, of an upstream gradient too, the operators would drop.
+bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
+Tensor gradient_in_forward_mode(const Tensor& upstream, const Tensor& moments, const Inputs& in) {
+  const pybind11::gil_scoped_acquire gil;
+  const Options& o = in.options;
+  return pybind11::module_::import("fastsoftloss.ops")
+      .attr("cpu_gradient_in_forward_mode")(upstream, moments, in.logits, in.target, in.weight, in.sample_weight, o.ignore_index,
+                                            o.reduction, o.label_smoothing, o.diversity, o.diversity_weight, o.z_loss)
+      .cast<Tensor>();
+}
+
 constexpr c10::DispatchKeySet kTransforms({DispatchKey::Python, DispatchKey::Batched, DispatchKey::FuncTorchBatched,
                                            DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize, DispatchKey::Negative,
                                            DispatchKey::ZeroTensor});
@@ -67,7 +81,7 @@ bool is_plain(const Tensor& t) { return t.is_cpu() && !t.key_set().has_any(kTran
 // The gradient for an upstream of 1 made that for `upstream`, in place; nothing where only the backward can do so without
 // rounding twice, as _rescale_on_host in ops.py has it.
 Tensor rescaled(Tensor dlogits, const Tensor& upstream) {
-  if (!is_plain(upstream)) return {};
+  if (!is_plain(upstream) || c10::impl::dispatch_mode_enabled()) return {};  // a mode may be tracing
   bool finite;
   if (upstream.dim() == 0) {
     const double factor = upstream.item().toDouble();
@@ -110,7 +124,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) return {Tensor(), Tensor(), Tensor()};
     Tensor dlogits;
-    if (!at::GradMode::is_enabled()) {  // create_graph
+    if (!at::GradMode::is_enabled() && !forward_mode()) {  // nor create_graph
       const auto written = ctx->saved_data.find("dlogits");
       if (written != ctx->saved_data.end()) {  // handed over once: autograd may write into it from now on
         dlogits = std::move(written->second).toTensor();
@@ -122,7 +136,9 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       variable_list saved = ctx->get_saved_variables();
       const Inputs in{std::move(saved[0]), std::move(saved[1]), optional(std::move(saved[2])), optional(std::move(saved[3])),
                       unpack(ctx->saved_data["options"])};
-      if (at::GradMode::is_enabled()) {
+      if (forward_mode()) {
+        dlogits = gradient_in_forward_mode(upstream, saved[4], in);
+      } else if (at::GradMode::is_enabled()) {
         dlogits = ::backward(upstream, saved[4], in);  // differentiated by the operator's own formula
       } else {
         at::AutoDispatchBelowAutograd below;
@@ -235,8 +251,9 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   if (PyErr_Occurred()) return nullptr;
-  const bool transformed = c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-                           at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled();
+  constexpr c10::DispatchKeySet kTracers({DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::Tracer});
+  const bool transformed = c10::impl::tls_local_dispatch_key_set().included_.has_any(kTracers) || at::impl::torch_function_mode_enabled() ||
+                           c10::impl::dispatch_mode_enabled();
   if (transformed || !read_tensor(args[0], in.logits) || !read_constant(args[2], in.weight) || !read_constant(args[3], in.sample_weight) ||
       (PyTuple_CheckExact(args[1]) && in.sample_weight) || !read_target(args[1], args[6] == Py_True, in))
     Py_RETURN_NONE;

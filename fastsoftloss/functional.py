@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -22,12 +23,12 @@ _functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 
 
 def _transformed() -> bool:
-    """Inside a function transform or forward-mode AD, which trace plain operators."""
-    return _functorch_depth() > 0 or forward_ad._current_level >= 0
+    """Inside a function transform, which traces plain operators."""
+    return _functorch_depth() > 0
 
 
-# Dynamo asks while it traces, and guards both levels itself. What torch.compiler.assume_constant_result does, without
-# importing Dynamo here; torch 2.10's knows neither level.
+# Dynamo asks while it traces, and guards the depth itself. What torch.compiler.assume_constant_result does, without
+# importing Dynamo here, and torch 2.10's does not know the depth.
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # class indices, class probabilities, or two class indices and the weight of the first
@@ -159,7 +160,7 @@ def _check_mixed(target: tuple[Tensor, Tensor, Tensor | float], logits: Tensor, 
             raise ValueError(f"target[2] must be a number or have the shape of target[0], {tuple(rows)}, got {tuple(mix.shape)}")
         if mix.device != logits.device:
             raise ValueError(f"target[2] must be on the device of logits, {logits.device}, got {mix.device}")
-    elif not isinstance(mix, (int, float)):
+    elif not isinstance(mix, (int, float)) and not isinstance(mix, numbers.Real):  # NumPy's are the latter
         raise TypeError(f"target[2], the weight of target[0], must be a number or a floating-point tensor, got {mix!r}")
     elif not 0 <= mix <= 1:
         raise ValueError(f"target[2], the weight of target[0], must be between 0 and 1, got {mix!r}")
@@ -308,7 +309,8 @@ def apply(
     form = "index" if index else "mixture" if isinstance(target, tuple) else "probabilities"
     operators = backends.choose(backend, logits.device, form)
     compiling = torch.compiler.is_compiling()
-    transformed = _transformed()
+    # and so does forward mode, whose level Dynamo guards only where it is read in sight
+    transformed = _transformed() or forward_ad._current_level >= 0
     weighted = weight is not None or sample_weight is not None
     # the CPU's kernel refuses what does not fit: the look for the reason is paid only then
     if (

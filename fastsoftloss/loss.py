@@ -47,7 +47,8 @@ class Loss(nn.Module):
         options = functional.options_of(
             self.ignore_index, self.reduction, self.label_smoothing, self.diversity, self.diversity_weight, self.z_loss
         )
-        weight = self._buffers["weight"]  # as self.weight, without the detour that a module's attributes take
+        buffers = self._buffers  # read without the detour that a module's attributes take, unless the weight became something else
+        weight = buffers["weight"] if "weight" in buffers else self.weight  # noqa: SIM401
         return functional.apply(logits, target, weight, sample_weight, options, False, self.backend)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:

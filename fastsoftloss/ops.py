@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsoftloss import reference
 
@@ -109,12 +110,42 @@ def _leaf(t: Tensor) -> Tensor:
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
-def _differentiable_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
-    """The gradient as an expression of plain PyTorch, for ``create_graph=True``."""
+def _plain_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
+    """The gradient by plain PyTorch; itself differentiable where gradients are on, and in forward mode."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         z = _leaf(logits)
-        (dlogits,) = torch.autograd.grad(plain(z, *inputs)[0], z, upstream, create_graph=True)
+        (dlogits,) = torch.autograd.grad(plain(z, *inputs)[0], z, upstream, create_graph=again)
     return dlogits
+
+
+def _forward_mode() -> bool:
+    """Inside forward-mode AD, whose tangents, of an upstream gradient too, the operators would drop."""
+    return forward_ad._current_level >= 0
+
+
+def _gradient_in_forward_mode(backward: Any, upstream: Tensor, moments: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
+    """The gradient with the tangent that ``upstream`` gives it."""
+    if not _is_wrapped(upstream):
+        return _plain_gradient(upstream, logits, *inputs)
+    # a function transform does not record what the plain way differentiates, but the gradient is linear in upstream
+    one = torch.ones(upstream.shape, dtype=upstream.dtype, device=upstream.device)
+    with torch._C._AutoDispatchBelowAutograd():
+        dlogits: Tensor = backward(one, moments, logits, *inputs[:3], *inputs[3])
+    return (dlogits.to(upstream.dtype) * _over_classes(upstream, logits)).to(logits.dtype)
+
+
+def cpu_gradient_in_forward_mode(
+    upstream: Tensor, moments: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, *options: Any
+) -> Tensor:
+    """The same by the arguments of the CPU's operator, for csrc/autograd.cpp."""
+    backward = torch.ops.fastsoftloss.cross_entropy_backward.default
+    return _gradient_in_forward_mode(backward, upstream, moments, logits, target, weight, sample_weight, Options(*options))
+
+
+def _over_classes(upstream: Tensor, logits: Tensor) -> Tensor:
+    """Of one value, or one a row, what multiplies logits."""
+    return upstream if upstream.dim() == 0 or logits.dim() == 1 else upstream.unsqueeze(1)
 
 
 def _plain_double_backward(grad: Tensor, upstream: Tensor, logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -122,12 +153,13 @@ def _plain_double_backward(grad: Tensor, upstream: Tensor, logits: Tensor, *inpu
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         g, z = _leaf(upstream), _leaf(logits)
-        return torch.autograd.grad(_differentiable_gradient(g, z, *inputs), (g, z), grad, create_graph=again)
+        return torch.autograd.grad(_plain_gradient(g, z, *inputs), (g, z), grad, create_graph=again)
 
 
 def _is_plain(upstream: Tensor) -> bool:
-    """Not a batch of gradients, nor a fake: with those only the backward knows what to do."""
-    return type(upstream) is Tensor and not _is_wrapped(upstream) and not _is_batched(upstream)
+    """Not a batch of gradients, nor a fake, nor traced: with those only the backward knows what to do."""
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    return type(upstream) is Tensor and not traced and not _is_wrapped(upstream) and not _is_batched(upstream)
 
 
 def _rescale_on_host(dlogits: Tensor, upstream: Tensor) -> Tensor | None:
@@ -145,7 +177,7 @@ def _rescale_on_host(dlogits: Tensor, upstream: Tensor) -> Tensor | None:
     # underflow that loss scaling is there to avoid
     if not finite or dlogits.element_size() < 4:
         return None
-    return dlogits.mul_(upstream if upstream.dim() == 0 or dlogits.dim() == 1 else upstream.unsqueeze(1))
+    return dlogits.mul_(_over_classes(upstream, dlogits))
 
 
 def _no_moments(logits: Tensor, target: Tensor, reduction: int, gradient: bool) -> tuple[int, bool]:
@@ -199,6 +231,8 @@ def define(
         if upstream is None:
             return (None,) * 12
         *inputs, moments = ctx.saved_tensors
+        if _forward_mode():
+            return _gradient_in_forward_mode(backward, upstream, moments, *inputs, Options(*ctx.options)), *(None,) * 11
         return backward(upstream, moments, *inputs, *ctx.options), *(None,) * 11
 
     def save_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -208,7 +242,7 @@ def define(
 
     def backward_gradient(ctx, grad):  # type: ignore[no-untyped-def]
         upstream, logits, target, *weights = ctx.saved_tensors
-        if operators.twice(logits, target):
+        if operators.twice(logits, target) and not _forward_mode():
             dupstream, dz = operators.double_backward(grad, upstream, logits, target, *weights, *ctx.options)
         else:
             dupstream, dz = _plain_double_backward(grad, upstream, logits, target, *weights, ctx.options)
@@ -280,11 +314,14 @@ class _CrossEntropy(torch.autograd.Function):
         if upstream is None:
             return (None,) * 7
         operators = ctx.operators
+        if _forward_mode():
+            *inputs, moments = ctx.saved_tensors
+            return _gradient_in_forward_mode(operators.backward, upstream, moments, *inputs, ctx.options), *(None,) * 6
         if torch.is_grad_enabled():
             *inputs, moments = ctx.saved_tensors
             if operators.twice(*inputs[:2]):  # through autograd, which records it
                 return operators.backward(upstream, moments, *inputs, *ctx.options), *(None,) * 6
-            return _differentiable_gradient(upstream, *inputs, ctx.options), *(None,) * 6
+            return _plain_gradient(upstream, *inputs, ctx.options), *(None,) * 6
         dlogits = ctx.__dict__.pop("dlogits", None)  # handed over once: autograd may write into it from now on
         if dlogits is not None and operators.rescale is None:
             dlogits = _rescale_on_host(dlogits, upstream)

@@ -14,6 +14,7 @@ from forms import FORMS, target_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from fastsoftloss import Loss, functional
 
@@ -74,7 +75,37 @@ def test_another_batch_size_is_no_other_graph(backend, form, dynamic):
     assert frames[-1] == frames[0 if dynamic else 1]
 
 
-@pytest.mark.parametrize("form", ["index", "mixture"])
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_another_mixing_weight_is_no_other_graph(backend, dynamic):
+    """A number drawn for each batch, as mixup does: one graph for the first, where Dynamo takes it as fixed, and one for all others."""
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = lambda z, target: functional.cross_entropy(z, target, backend=backend)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=counter)
+    logits, (first, second, _) = torch.randn(5, CLASSES), target_of("mixture", 5, CLASSES)
+    for mix in (0.3, 0.4, 0.55, 0.7, 0.82, 0.9, 0.95, 0.01, 0.6):
+        got, expected = (gradient(one, logits, (first, second, mix)) for one in (compiled, loss))
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compiled_loss_in_forward_mode(backend, form):
+    """Compiled before there was a dual number."""
+    loss = lambda z, target: functional.cross_entropy(z, target, backend=backend)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits, target = torch.randn(5, CLASSES), target_of(form, 5, CLASSES)
+    for function in (compiled, loss):
+        function(logits, target)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, torch.ones_like(logits).sin())
+        got, expected = (forward_ad.unpack_dual(function(dual, target)).tangent for function in (compiled, loss))
+    assert got is not None
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_inductor(form):
     """The default backend, where the C++ compiler is there."""
     loss = lambda z, target: functional.cross_entropy(z.sin(), target, backend="cpu")  # noqa: E731

@@ -77,6 +77,33 @@ def test_forward_mode(backend, form, diversity):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_over_a_gradient_of_a_loss_made_before(backend, form, dtype, reduction):
+    """The tangent of an upstream gradient, and of the direction of H v, in which both are linear; by a second backward too."""
+    logits, target = sample(form, dtype=torch.float32)
+    z = logits.to(dtype).requires_grad_()
+    loss = functional.cross_entropy(z, target, reduction=reduction, backend=backend)
+    upstream, tangent = torch.rand_like(loss), torch.rand_like(loss)
+    gradient = lambda of: torch.autograd.grad(loss, z, of, retain_graph=True)[0]  # noqa: E731
+    with forward_ad.dual_level():
+        got = [forward_ad.unpack_dual(gradient(forward_ad.make_dual(upstream, tangent))) for _ in range(2)]
+    got.append(torch.func.jvp(gradient, (upstream,), (tangent,)))
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    for primal, along in got:
+        torch.testing.assert_close(primal, gradient(upstream), **near)
+        torch.testing.assert_close(along, gradient(tangent), **near)
+
+    (g,) = torch.autograd.grad(functional.cross_entropy(z, target, backend=backend), z, create_graph=True)
+    v, v_tangent = torch.rand_like(z), torch.rand_like(z)
+    hessian = lambda of: torch.autograd.grad(g, z, of, retain_graph=True)[0]  # noqa: E731
+    with forward_ad.dual_level():
+        primal, along = forward_ad.unpack_dual(hessian(forward_ad.make_dual(v, v_tangent)))
+    torch.testing.assert_close(primal, hessian(v), **near)
+    torch.testing.assert_close(along, hessian(v_tangent), **near)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_function_transforms(backend, form, dtype):
     """Against autograd, row by row."""

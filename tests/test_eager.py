@@ -14,9 +14,11 @@ import torch
 from conftest import DIVERSITIES, NODES
 from forms import FORMS, target_of
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fastsoftloss import Loss, backends, functional
+from fastsoftloss.functional import cross_entropy
 
 pytestmark = pytest.mark.skipif("C++" not in NODES, reason="csrc/autograd.cpp is not built for this torch")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -219,3 +221,18 @@ def test_a_mixing_weight_that_is_a_negated_view():
     assert mix.is_neg()
     expected = functional.cross_entropy(logits, (labels, labels - 1, mix.resolve_neg()))
     assert torch.equal(functional.cross_entropy(logits, (labels, labels - 1, mix)), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trace_is_of_operators(form):
+    """Recorded, and run on other tensors: by the JIT's tracer, and by make_fx forward and backward."""
+    first, second = ((torch.randn(4, 6), target_of(form, 4, 6)) for _ in range(2))
+
+    def step(z, target):
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(cross_entropy(z, target), z)[0]
+
+    traced = torch.jit.trace(cross_entropy, first, check_trace=False)
+    torch.testing.assert_close(traced(*second), cross_entropy(*second))
+    graph = make_fx(step, tracing_mode="real")(*first)
+    torch.testing.assert_close(graph(*second), step(*second))

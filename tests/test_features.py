@@ -67,14 +67,20 @@ def backward_of(form: str) -> Callable[[str], str]:
     return run
 
 
-def second_derivative(backend: str) -> str:
-    z = logits()
-    loss = cross_entropy(z, target_of("index", ROWS, CLASSES), backend=backend)
-    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
-    with Seen() as seen:
-        gradient.square().sum().backward()
-    assert z.grad is not None and z.grad.any()
-    return verdict(seen.names)
+def second_derivative_of(*forms: str) -> Callable[[str], str]:
+    def run(backend: str) -> str:
+        verdicts = set()
+        for form in forms:
+            z = logits()
+            loss = cross_entropy(z, target_of(form, ROWS, CLASSES), backend=backend)
+            (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+            with Seen() as seen:
+                gradient.square().sum().backward()
+            assert z.grad is not None and z.grad.any()
+            verdicts.add(verdict(seen.names))
+        return " or ".join(sorted(verdicts))
+
+    return run
 
 
 def forward_mode(backend: str) -> str:
@@ -142,7 +148,8 @@ FEATURES: dict[str, Callable[[str], str]] = {
     "class probabilities, backward": backward_of("probabilities"),
     "`torch.compile(fullgraph=True)`": compiled,
     "`torch.export`, AOTInductor": exported,
-    "second derivative (`create_graph`)": second_derivative,
+    "second derivative (`create_graph`): indices, `(y_a, y_b, mix)`": second_derivative_of("index", "mixture"),
+    "second derivative: class probabilities": second_derivative_of("probabilities"),
     "forward mode": forward_mode,
     "`torch.func`: grad, vmap, jvp, jacrev": function_transforms,
     "gradient for `weight`, `sample_weight`": learned_weights,

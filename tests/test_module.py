@@ -14,6 +14,7 @@ import pytest
 import torch
 from forms import FORMS, target_of
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from fastsoftloss import Loss, functional
@@ -168,3 +169,21 @@ def test_a_subclass_with_state_of_its_own(backend):
         expected = functional.cross_entropy(logits, target, diversity="kl", diversity_weight=step / 10, backend=backend)
         assert torch.equal(loss(logits, target), expected)
     assert list(loss.state_dict()) == ["step"] and "Warmed(" in repr(loss)
+
+
+def test_a_weight_that_became_something_else(backend):
+    """What a module's attribute may be replaced by."""
+    logits, target = torch.randn(4, 3), torch.randn(4, 3).softmax(1)
+    weight = torch.rand(3) + 0.5
+    expected = Loss(weight, backend=backend)(logits, target)
+    fixed, learned, bound, gone = (Loss(weight, backend=backend) for _ in range(4))
+    fixed.weight = nn.Parameter(weight, requires_grad=False)
+    learned.weight = nn.Parameter(weight)
+    parametrize.register_parametrization(bound, "weight", nn.Identity())
+    for loss in (fixed, learned, bound):
+        torch.testing.assert_close(loss(logits, target), expected)
+    learned(logits, target).backward()
+    assert learned.weight.grad is not None and learned.weight.grad.any()
+    del gone.weight
+    gone.weight = None
+    torch.testing.assert_close(gone(logits, target), Loss(backend=backend)(logits, target))
