@@ -18,8 +18,11 @@ SOFT = {
     "mixture": "(y_a, y_b, mix)",
     "gathers": "class indices and two gathers",
     "probabilities": "class probabilities",
-    "probabilities_kl": "the same, kl",
-    "probabilities_plain": "the same, no penalty",
+    "probabilities:kl": "the same, kl",
+    "probabilities:reverse_kl": "reverse_kl",
+    "probabilities:chi2": "chi2",
+    "probabilities:variance": "variance",
+    "probabilities:None": "no penalty",
     "cross_entropy_probabilities": "F.cross_entropy of class probabilities",
     "mixup": "F.cross_entropy twice, mixed",
 }
@@ -72,7 +75,8 @@ def _soft(name: str, logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda z, y: 0.3 * F.cross_entropy(z, y) + 0.7 * F.cross_entropy(z, other)
     if name == "cross_entropy_probabilities":
         return lambda z, y: F.cross_entropy(z, target)
-    soft = Loss(diversity={"probabilities": "logit_variance", "probabilities_kl": "kl", "probabilities_plain": None}[name])
+    kind = name.partition(":")[2] or "logit_variance"
+    soft = Loss(diversity=None if kind == "None" else kind)
     return lambda z, y: soft(z, target)
 
 

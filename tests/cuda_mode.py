@@ -30,11 +30,12 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-f
 WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
 
 
-def nvcc() -> str:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    found = shutil.which("nvcc") or (str(home / "bin/nvcc") if (home / "bin/nvcc").exists() else None)
+def tool(name: str) -> str:
+    """Of the CUDA toolkit."""
+    own = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
+    found = shutil.which(name) or (str(own) if own.exists() else None)
     if not found:
-        pytest.skip("there is no nvcc")
+        pytest.skip(f"there is no {name}")
     return found
 
 
@@ -46,7 +47,7 @@ def run(*command: object) -> str:
 
 def build(folder: Path) -> Path:
     """The library, and the PTX of its kernels beside it."""
-    compiler, home = nvcc(), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    compiler, home = tool("nvcc"), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     package = Path(torch.__file__).parent
     includes = [package / "include", package / "include/torch/csrc/api/include", sysconfig.get_paths()["include"], home / "include"]
     host = ["-std=c++17", "-O1", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000", *[f"-I{path}" for path in includes]]
@@ -57,7 +58,10 @@ def build(folder: Path) -> Path:
             kept = folder / source.stem
             kept.mkdir()
             # PTX alone: what a GPU would make of it is for test_cuda_compile.py
-            run(compiler, *NVCC_FLAGS, "-gencode", "arch=compute_80,code=compute_80", "--keep", "--keep-dir", kept, "-c", source, "-o", to)
+            said = run(
+                compiler, *NVCC_FLAGS, "-gencode", "arch=compute_80,code=compute_80", "--keep", "--keep-dir", kept, "-c", source, "-o", to
+            )
+            assert "warning" not in said, said
             shutil.move(kept / f"{source.stem}.ptx", folder)
             shutil.rmtree(kept)
         else:

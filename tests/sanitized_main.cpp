@@ -141,7 +141,7 @@ static std::vector<double> gradient_of(const std::vector<double>& z, int64_t y, 
   const RowGradient<double> g = finish(whole, z[y], 1.0, 1.0, 1.0, o).gradient;
   std::vector<double> dz;
   for (int64_t j = 0; j < int64_t(z.size()); ++j)
-    dz.push_back(j == y ? g.label : slope_at(g, z[j], z[j] - whole.m, std::exp(z[j] - whole.m), 1.0));
+    dz.push_back(j == y ? g.label : slope_at<fastsoftloss::kAllMoments>(g, z[j], z[j] - whole.m, std::exp(z[j] - whole.m), 1.0));
   return dz;
 }
 
