@@ -283,6 +283,11 @@ def define_rescale(name: str) -> None:
     """Define ``fastsoftloss::{name}_rescale``, a backend's own kernel behind :attr:`Operators.rescale`."""
     _library.define(f"{name}_rescale(Tensor(a!) dlogits, Tensor upstream, Tensor moments, {_ARGUMENTS}) -> ()")  # type: ignore[no-untyped-call]
 
+    def fake(dlogits, *inputs):  # type: ignore[no-untyped-def]
+        _check_devices(dlogits, *inputs[:6])
+
+    torch.library.register_fake(f"fastsoftloss::{name}_rescale", fake, lib=_library)
+
 
 def implement(name: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:
     """Register a kernel written in Python for ``fastsoftloss::{name}``."""

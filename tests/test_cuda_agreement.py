@@ -338,3 +338,16 @@ def test_rescale_decides_on_the_device(classes: int, form: str) -> None:
     assert operators.rescale(marked, torch.tensor(1.0), moments, *arguments) is marked and (marked == 7).all()
     operators.rescale(marked, torch.tensor(2.0), moments, *arguments)
     torch.testing.assert_close(marked, 2 * dlogits, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rescaling_operator_passes_opcheck(form: str) -> None:
+    """The backend's third operator, which writes into its first argument; test_autograd.py and test_hessian.py ask the others."""
+    logits, target = batch(5, 10, F32)
+    target, shares = of_form(form, target, 10)
+    arguments = (logits, target, None, shares, -100, 1, 0.0, 1, 1.0, 0.0)
+    operators = functional.backends.choose("cuda", torch.device("cpu"))
+    assert operators is not None
+    _, _, dlogits, moments = operators.forward(*arguments, False, True)
+    rescale = torch.ops.fastsoftloss.cuda_cross_entropy_rescale.default
+    torch.library.opcheck(rescale, (dlogits, torch.tensor(2.0), moments, *arguments), test_utils=["test_schema", "test_faketensor"])

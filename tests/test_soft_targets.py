@@ -417,7 +417,7 @@ def test_the_operators_pass_opcheck(form, dtype, strided, reduction):
     if strided:
         logits, target = logits.t().contiguous().t(), target.t().contiguous().t()
     inputs = (logits.requires_grad_(), target, torch.rand(6, dtype=accumulated), sample_weight, -100, reduction, 0.1, 2, 1.0, 0.01)
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]  # test_compile.py traces them
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", *["test_aot_dispatch_dynamic"] * (dtype is F64)]
     torch.library.opcheck(operators.forward, (*inputs, True, True), test_utils=checks)
     upstream = torch.rand(5 if reduction == 0 else (), dtype=accumulated).requires_grad_()
     torch.library.opcheck(operators.backward, (upstream, torch.empty(0, dtype=accumulated), *inputs), test_utils=checks)
