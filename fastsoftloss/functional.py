@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 
 from fastsoftloss import backends, ops, reference
 
@@ -309,8 +308,7 @@ def apply(
     form = "index" if index else "mixture" if isinstance(target, tuple) else "probabilities"
     operators = backends.choose(backend, logits.device, form)
     compiling = torch.compiler.is_compiling()
-    # and so does forward mode, whose level Dynamo guards only where it is read in sight
-    transformed = _transformed() or forward_ad._current_level >= 0
+    transformed = _transformed() or ops.forward_mode()
     weighted = weight is not None or sample_weight is not None
     # the CPU's kernel refuses what does not fit: the look for the reason is paid only then
     if (

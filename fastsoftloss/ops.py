@@ -119,8 +119,8 @@ def _plain_gradient(upstream: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     return dlogits
 
 
-def _forward_mode() -> bool:
-    """Inside forward-mode AD, whose tangents, of an upstream gradient too, the operators would drop."""
+def forward_mode() -> bool:
+    """Inside forward-mode AD, whose tangents, of an upstream gradient too, the operators would drop. Dynamo guards what it reads here."""
     return forward_ad._current_level >= 0
 
 
@@ -231,7 +231,7 @@ def define(
         if upstream is None:
             return (None,) * 12
         *inputs, moments = ctx.saved_tensors
-        if _forward_mode():
+        if forward_mode():
             return _gradient_in_forward_mode(backward, upstream, moments, *inputs, Options(*ctx.options)), *(None,) * 11
         return backward(upstream, moments, *inputs, *ctx.options), *(None,) * 11
 
@@ -242,7 +242,7 @@ def define(
 
     def backward_gradient(ctx, grad):  # type: ignore[no-untyped-def]
         upstream, logits, target, *weights = ctx.saved_tensors
-        if operators.twice(logits, target) and not _forward_mode():
+        if operators.twice(logits, target) and not forward_mode():
             dupstream, dz = operators.double_backward(grad, upstream, logits, target, *weights, *ctx.options)
         else:
             dupstream, dz = _plain_double_backward(grad, upstream, logits, target, *weights, ctx.options)
@@ -319,7 +319,7 @@ class _CrossEntropy(torch.autograd.Function):
         if upstream is None:
             return (None,) * 7
         operators = ctx.operators
-        if _forward_mode():
+        if forward_mode():
             *inputs, moments = ctx.saved_tensors
             return _gradient_in_forward_mode(operators.backward, upstream, moments, *inputs, ctx.options), *(None,) * 6
         if torch.is_grad_enabled():
